@@ -1,0 +1,54 @@
+//! Every size, count and default time of rayless, with unit and reason.
+
+use std::time::Duration;
+
+/// The one port: UDP for membership, TCP for steps and tensors.
+pub const DEFAULT_PORT: u16 = 6379;
+
+/// Bytes of the largest membership message. A 1,000-node status report stays under it.
+pub const MAX_CONTROL_MESSAGE: usize = 4 << 20;
+/// Bytes of the largest message on a node's own Unix sockets (a driver's environment travels there).
+pub const MAX_LOCAL_MESSAGE: usize = 16 << 20;
+/// Bytes of the largest `Hello`, read before anything is trusted.
+pub const MAX_HELLO: usize = 512;
+/// Bytes of call payload in one frame or ring record; more travels in fragments, so that a keeper never holds more.
+pub const MAX_FRAGMENT: usize = 1 << 20;
+/// Bytes of the largest call or reply.
+pub const MAX_CALL: u64 = 1 << 30;
+/// Bytes of a host's ring.
+pub const RING_BYTES: usize = 8 << 20;
+/// Bytes of one worker's reply ring.
+pub const REPLY_RING_BYTES: usize = 2 << 20;
+/// Calls in flight in one group; one more is an error that names the slowest rank.
+pub const MAX_CALLS_IN_FLIGHT: usize = 64;
+/// Workers of one group on one host.
+pub const MAX_WORKERS_PER_HOST: usize = 256;
+/// Workers of one group.
+pub const MAX_WORLD_SIZE: usize = 4096;
+/// Characters of a node, group or resource name.
+pub const MAX_NAME: usize = 128;
+/// Resources one node may declare.
+pub const MAX_RESOURCES: usize = 64;
+/// Handshakes in progress on one daemon; more are refused before they cost memory.
+pub const MAX_HALF_OPEN: usize = 128;
+/// Events that `status` keeps; older ones are in the log.
+pub const MAX_EVENTS: usize = 256;
+
+/// Between two heartbeats.
+pub const HEARTBEAT_PERIOD: Duration = Duration::from_millis(500);
+/// Silence after which a node or session counts as dead; `--dead-after`.
+pub const DEAD_AFTER: Duration = Duration::from_secs(3);
+/// An observer whose own timer ran later than this restarts the window: it was the one asleep.
+pub const OBSERVER_LATE: Duration = Duration::from_millis(300);
+/// How long a handshake may take before its connection is dropped.
+pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a launch waits for nodes and GPUs; `--wait`.
+pub const WAIT: Duration = Duration::from_secs(600);
+/// Between two repeats of the need/have table of a waiting launch.
+pub const WAIT_REPORT_PERIOD: Duration = Duration::from_secs(10);
+/// A failed group's processes are reaped within this.
+pub const REAP_TIMEOUT: Duration = Duration::from_secs(5);
+/// A GPU whose memory is not back within this is `draining`.
+pub const GPU_DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
+/// A GPU's memory counts as back when within this many bytes of what it was before the launch.
+pub const GPU_DRAIN_SLACK: u64 = 64 << 20;

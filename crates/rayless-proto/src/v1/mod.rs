@@ -1,0 +1,20 @@
+//! Messages of protocol version 1, a file per conversation:
+//!
+//! | file | between | over |
+//! |---|---|---|
+//! | [`control`] | node and head | a QUIC stream |
+//! | [`heartbeat`] | node and head | QUIC datagrams of a connection of its own |
+//! | [`local`] | a client (command, driver) and its node's daemon | Unix socket |
+//! | [`keeper`] | a daemon and a keeper | Unix socket |
+//! | [`step`] | a driver and a keeper | TLS over TCP, or Unix socket on one host |
+//! | [`status`] | what `rayless status --json` shows | inside `control` and `local` |
+#[allow(missing_docs, reason = "rkyv derives undocumented types for enums with named fields")]
+pub mod control;
+pub mod heartbeat;
+#[allow(missing_docs, reason = "rkyv derives undocumented types for enums with named fields")]
+pub mod keeper;
+#[allow(missing_docs, reason = "rkyv derives undocumented types for enums with named fields")]
+pub mod local;
+pub mod status;
+#[allow(missing_docs, reason = "rkyv derives undocumented types for enums with named fields")]
+pub mod step;
