@@ -8,6 +8,8 @@
 //! | [`keeper`] | a daemon and a keeper | Unix socket |
 //! | [`step`] | a driver and a keeper | TLS over TCP, or Unix socket on one host |
 //! | [`status`] | what `rayless status --json` shows | inside `control` and `local` |
+//!
+//! What people see of them is made in `status_json` (`StatusReport::to_json`) and `need_have` (`NeedHave` as text).
 #[allow(missing_docs, reason = "rkyv derives undocumented types for enums with named fields")]
 pub mod control;
 pub mod heartbeat;
@@ -15,6 +17,8 @@ pub mod heartbeat;
 pub mod keeper;
 #[allow(missing_docs, reason = "rkyv derives undocumented types for enums with named fields")]
 pub mod local;
+mod need_have;
 pub mod status;
+mod status_json;
 #[allow(missing_docs, reason = "rkyv derives undocumented types for enums with named fields")]
 pub mod step;
