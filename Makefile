@@ -16,7 +16,7 @@ help: ## this list
 
 demo: site ## two nodes on this machine, a small real vLLM model in two stages, one question
 	@tests/setup/vllm-env >/dev/null
-	@PYTHONPATH=$(CURDIR)/$(SITE) PATH=$(CURDIR)/$(SITE)/bin:$$PATH $$(tests/setup/vllm-env)/bin/python examples/demo/demo.py
+	@PYTHONPATH=$(CURDIR)/$(SITE) PATH=$(CURDIR)/$(SITE)/bin:$$PATH $$(tests/setup/vllm-env) examples/demo/demo.py
 
 test: ## every check that fits in half an hour on two cores
 	@tests/run quick
