@@ -1,1 +1,23 @@
-//! rayless-worker
+//! Groups of workers: the processes, the ring they read from, and the driver that calls them.
+//!
+//! Who runs what:
+//!
+//! | process | module |
+//! |---|---|
+//! | keeper (one per group and host, started by the node daemon) | [`keeper`] |
+//! | worker (one per rank, child of the keeper) | [`host`] |
+//! | driver (whoever starts a group) | [`driver`], and [`client`] to its local daemon |
+//!
+//! A step, down and up: [`driver::WorkerGroup::call`] writes the payload once to the [`ring`] of its own host and one
+//! frame to each other host's keeper, which writes it to its ring without looking inside. Each worker takes every
+//! call in order ([`host::Worker::next_call`]); the asked ranks answer through a reply ring of their own, and the last
+//! of them wakes the collector: the driver on its own host, the keeper elsewhere.
+//!
+//! This crate exists for shared memory and child processes, so it holds unsafe code: in `ring::map` (mapped memory) and
+//! `keeper::child` (what runs between fork and exec), nowhere else.
+
+pub mod client;
+pub mod driver;
+pub mod host;
+pub mod keeper;
+pub mod ring;
