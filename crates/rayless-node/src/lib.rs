@@ -1,1 +1,8 @@
-//! rayless-node
+//! The node daemon: control over net, keepers, local clients, inventory.
+#![forbid(unsafe_code)]
+
+pub mod inventory;
+pub mod knobs;
+pub mod node_env;
+pub mod run_dir;
+pub mod status_text;

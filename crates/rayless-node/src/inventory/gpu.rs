@@ -1,0 +1,122 @@
+//! GPUs through NVML, loaded at run time: a host without the driver simply has none.
+//!
+//! NVML is opened for each probe and closed after it: loaded, it costs a resting daemon more memory than the daemon
+//! itself. Opening takes up to seconds on a host without persistence mode, so callers probe on a thread of their own.
+
+use nvml_wrapper::{Nvml, error::NvmlError};
+use rayless_proto::v1::control::GpuInfo;
+use std::{collections::BTreeMap, env, ffi::OsStr, fs};
+
+/// The name that a driver installs; the one without the version comes with development packages only.
+const LIBRARY: &str = "libnvidia-ml.so.1";
+
+/// What NVML says.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Probe {
+    /// The GPUs that this process may use, in NVML's order (that of the PCI bus).
+    pub gpus: Vec<GpuInfo>,
+    /// `driver` and `cuda` to version.
+    pub versions: Vec<(String, String)>,
+    /// Used memory of each GPU in bytes, by index.
+    pub used_bytes: BTreeMap<u32, u64>,
+    /// What could not be found out, one line each.
+    pub notes: Vec<String>,
+}
+
+/// Number of GPUs that the kernel driver shows, without opening NVML (microseconds); `None` where it is not loaded.
+pub fn count_in_proc() -> Option<u32> {
+    let entries = fs::read_dir("/proc/driver/nvidia/gpus").ok()?;
+    u32::try_from(entries.filter_map(Result::ok).count()).ok()
+}
+
+/// Asks NVML. A host without driver or GPU gives an empty probe.
+pub fn probe() -> Probe {
+    let mut out = Probe::default();
+    let nvml = match Nvml::builder().lib_path(OsStr::new(LIBRARY)).init() {
+        Ok(nvml) => nvml,
+        Err(NvmlError::LibloadingError(_) | NvmlError::DriverNotLoaded) => return out,
+        Err(error) => {
+            out.notes.push(format!("cannot open NVML: {error}"));
+            return out;
+        }
+    };
+    if let Ok(version) = nvml.sys_driver_version() {
+        out.versions.push(("driver".to_owned(), version));
+    }
+    if let Ok(version) = nvml.sys_cuda_driver_version() {
+        out.versions.push(("cuda".to_owned(), format!("{}.{}", version / 1000, version % 1000 / 10)));
+    }
+    for index in 0..nvml.device_count().unwrap_or(0) {
+        let read = || -> Result<(GpuInfo, Option<u64>), NvmlError> {
+            let device = nvml.device_by_index(index)?;
+            // Missing on some integrated and MIG devices; a GPU without it is still a GPU.
+            let memory = device.memory_info().ok();
+            let info = GpuInfo {
+                index,
+                uuid: device.uuid()?,
+                name: device.name()?,
+                memory_bytes: memory.as_ref().map_or(0, |memory| memory.total),
+            };
+            Ok((info, memory.map(|memory| memory.used)))
+        };
+        match read() {
+            Ok((info, used)) => {
+                out.gpus.push(info);
+                out.used_bytes.extend(used.map(|used| (index, used)));
+            }
+            Err(error) => out.notes.push(format!("GPU {index} is left out: {error}")),
+        }
+    }
+    if let Ok(visible) = env::var("CUDA_VISIBLE_DEVICES") {
+        out.gpus = visible_only(out.gpus, &visible);
+    }
+    out
+}
+
+/// The GPUs that CUDA_VISIBLE_DEVICES leaves: it was set by hand for this daemon, so it is obeyed, never rewritten.
+/// As in CUDA, the list ends at the first entry that names no GPU.
+fn visible_only(gpus: Vec<GpuInfo>, visible: &str) -> Vec<GpuInfo> {
+    let mut kept: Vec<GpuInfo> = Vec::new();
+    for entry in visible.split(',').map(str::trim) {
+        let found = gpus.iter().find(|gpu| match entry.parse::<u32>() {
+            Ok(index) => gpu.index == index,
+            Err(_) => !entry.is_empty() && gpu.uuid.starts_with(entry),
+        });
+        let Some(gpu) = found else { break };
+        if !kept.contains(gpu) {
+            kept.push(gpu.clone());
+        }
+    }
+    kept.sort_unstable_by_key(|gpu| gpu.index);
+    kept
+}
+
+/// `count` GPUs that exist because someone says so: where NVML is not there (other makers, tests).
+pub fn declared(count: u32) -> Vec<GpuInfo> {
+    (0..count)
+        .map(|index| GpuInfo { index, uuid: format!("declared-{index}"), name: "declared".to_owned(), memory_bytes: 0 })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn visible_devices_are_obeyed_like_cuda_does() {
+        let indices =
+            |visible| -> Vec<u32> { visible_only(declared(4), visible).iter().map(|gpu| gpu.index).collect() };
+        assert_eq!(indices("2,0"), [0, 2]);
+        assert_eq!(indices("1,-1,2"), [1]);
+        assert_eq!(indices("declared-3"), [3]);
+        assert!(indices("").is_empty());
+        assert!(indices("9").is_empty());
+    }
+
+    #[test]
+    fn a_host_without_driver_has_no_gpus_and_nothing_to_say() {
+        if count_in_proc().is_none() {
+            assert_eq!(probe(), Probe::default());
+        }
+    }
+}

@@ -1,0 +1,311 @@
+//! `rayless status` for people: nodes, GPUs with holders, groups with ranks, last events.
+//!
+//! For programs there is `rayless status --json` ([`StatusReport::to_json`]); this text may change in any release.
+
+use rayless_proto::{
+    ids::{GroupId, NodeId},
+    resources::{CPU, GPU, MEMORY, Resources},
+    v1::status::{GpuState, GroupStatus, NodeStatus, StatusReport},
+};
+use std::{
+    collections::BTreeMap,
+    fmt::Write as _,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+/// Events shown to people; all that are kept are in `--json`.
+const EVENTS: usize = 8;
+
+/// The page. `now` is the reader's clock, for the age of events.
+pub fn status(report: &StatusReport, now: SystemTime) -> String {
+    let mut out = String::new();
+    let uptime = age(Duration::from_millis(report.uptime_ms));
+    let _ = write!(out, "cluster {}  up {uptime}  protocol {}", short(&report.cluster), report.protocol);
+    if report.refused_handshakes > 0 {
+        let _ = write!(out, "  refused handshakes {}", report.refused_handshakes);
+    }
+    out.push_str("\n\n");
+    let mut rows =
+        vec![["node", "state", "address", "seen", "rtt", "cpu", "gpu", "memory", "other"].map(str::to_owned)];
+    rows.extend(report.nodes.iter().map(node_row));
+    table(&mut out, &rows);
+    gpus(&mut out, report);
+    groups(&mut out, report);
+    if !report.placement_groups.is_empty() {
+        let names = node_names(report);
+        let mut rows = vec![["placement group", "strategy", "bundles"].map(str::to_owned)];
+        rows.extend(report.placement_groups.iter().map(|group| {
+            let bundles =
+                group.bundles.iter().map(|(what, node)| format!("{} on {}", quantities(what), name_of(&names, node)));
+            [label(&group.name, &short(&group.id)), group.strategy.clone(), bundles.collect::<Vec<_>>().join("; ")]
+        }));
+        out.push('\n');
+        table(&mut out, &rows);
+    }
+    if !report.links.is_empty() {
+        let mut rows = vec![["link", "transport", "device", "not taken"].map(str::to_owned)];
+        rows.extend(report.links.iter().map(|link| {
+            let rejected = link.rejected.iter().map(|(transport, reason)| format!("{transport}: {reason}"));
+            [
+                format!("{} {} -> {}", short(&link.group), link.from, link.to),
+                link.transport.clone(),
+                link.device.clone(),
+                rejected.collect::<Vec<_>>().join("; "),
+            ]
+        }));
+        out.push('\n');
+        table(&mut out, &rows);
+    }
+    if !report.events.is_empty() {
+        out.push_str("\nlast events\n");
+        let newest = report.events.len().saturating_sub(EVENTS);
+        for event in &report.events[newest..] {
+            let then = UNIX_EPOCH + Duration::from_micros(event.time_us);
+            let ago = age(now.duration_since(then).unwrap_or_default());
+            let _ = writeln!(out, "  {ago:>6} ago  {}: {}", event.kind, event.cause);
+        }
+    }
+    out
+}
+
+/// `rayless status --env`: what the workers of each node get, and who said so.
+pub fn environment(report: &StatusReport) -> String {
+    let mut rows = vec![["node", "variable", "value", "from"].map(str::to_owned)];
+    for node in &report.nodes {
+        let name = label(&node.name, &short(&node.id));
+        rows.extend(
+            node.node_env.iter().map(|env| [name.clone(), env.name.clone(), env.value.clone(), env.source.clone()]),
+        );
+    }
+    let mut out = String::new();
+    table(&mut out, &rows);
+    out
+}
+
+fn node_row(node: &NodeStatus) -> [String; 9] {
+    let used = |name: &str| {
+        let total = node.resources.get(name);
+        if total.is_zero() {
+            return "-".to_owned();
+        }
+        let free = node.available.get(name);
+        format!("{}/{total}", total.minus(free).unwrap_or_default())
+    };
+    let gib = |bytes: f64| format!("{:.1}", bytes / f64::from(1 << 30));
+    let memory = node.resources.get(MEMORY);
+    let memory_used = memory.minus(node.available.get(MEMORY)).unwrap_or_default();
+    let other: Vec<String> = node
+        .resources
+        .iter()
+        .filter(|(name, _)| ![CPU, GPU, MEMORY].contains(name))
+        .map(|(name, _)| format!("{name} {}", used(name)))
+        .collect();
+    [
+        format!("{}{}", label(&node.name, &short(&node.id)), if node.is_head { " (head)" } else { "" }),
+        node.state.name().to_owned(),
+        node.address.clone(),
+        if node.is_head { "-".to_owned() } else { format!("{} ms", node.last_seen_ms) },
+        if node.rtt_us == 0 { "-".to_owned() } else { format!("{} us", node.rtt_us) },
+        used(CPU),
+        used(GPU),
+        format!("{}/{} GiB", gib(memory_used.as_f64()), gib(memory.as_f64())),
+        other.join(", "),
+    ]
+}
+
+fn gpus(out: &mut String, report: &StatusReport) {
+    let group_names: BTreeMap<GroupId, &str> =
+        report.groups.iter().map(|group| (group.id, group.name.as_str())).collect();
+    let mut rows = vec![["gpu", "model", "state", "held by"].map(str::to_owned)];
+    for node in &report.nodes {
+        for gpu in &node.gpus {
+            let holders =
+                gpu.held_by.iter().map(|id| label(group_names.get(id).copied().unwrap_or_default(), &short(id)));
+            let holders = holders.collect::<Vec<_>>().join(", ");
+            let at = format!("{}:{}", label(&node.name, &short(&node.id)), gpu.index);
+            // A row per free GPU of a thousand would hide the held ones.
+            if gpu.state != GpuState::Free || report.nodes.len() <= 8 {
+                rows.push([at, gpu.name.clone(), gpu.state.name().to_owned(), holders]);
+            }
+        }
+    }
+    if rows.len() > 1 {
+        out.push('\n');
+        table(out, &rows);
+    }
+}
+
+fn groups(out: &mut String, report: &StatusReport) {
+    let names = node_names(report);
+    for group in &report.groups {
+        let name = if group.name.is_empty() { String::new() } else { format!("{}  ", group.name) };
+        let _ = write!(out, "\ngroup {name}{}  {}", group.id, group.state.name());
+        let _ = write!(out, "  driver pid {} on {}", group.driver_pid, name_of(&names, &group.driver_node));
+        if !group.cause.is_empty() {
+            let _ = write!(out, "  cause: {}", group.cause);
+        }
+        out.push('\n');
+        table(out, &worker_rows(group, &names));
+    }
+}
+
+fn worker_rows(group: &GroupStatus, names: &BTreeMap<NodeId, String>) -> Vec<[String; 5]> {
+    let mut rows = vec![["rank", "node", "pid", "state", "gpus"].map(str::to_owned)];
+    rows.extend(group.workers.iter().map(|worker| {
+        let gpus = worker.gpus.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
+        let pid = if worker.pid == 0 { "-".to_owned() } else { worker.pid.to_string() };
+        [worker.rank.to_string(), name_of(names, &worker.node), pid, worker.state.name().to_owned(), gpus]
+    }));
+    rows
+}
+
+fn node_names(report: &StatusReport) -> BTreeMap<NodeId, String> {
+    report.nodes.iter().map(|node| (node.id, label(&node.name, &short(&node.id)))).collect()
+}
+
+fn name_of(names: &BTreeMap<NodeId, String>, id: &NodeId) -> String {
+    names.get(id).cloned().unwrap_or_else(|| id.short())
+}
+
+fn label(name: &str, id: &str) -> String {
+    if name.is_empty() { id.to_owned() } else { name.to_owned() }
+}
+
+fn short(id: &impl ToString) -> String {
+    id.to_string().chars().take(8).collect()
+}
+
+fn quantities(resources: &Resources) -> String {
+    resources.iter().map(|(name, quantity)| format!("{name} {quantity}")).collect::<Vec<_>>().join(" ")
+}
+
+/// Columns as wide as their widest cell, two spaces between; empty columns are left out.
+fn table<const N: usize>(out: &mut String, rows: &[[String; N]]) {
+    let body = rows.get(1..).unwrap_or_default();
+    let shown: Vec<usize> = (0..N).filter(|column| body.iter().any(|row| !row[*column].is_empty())).collect();
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or_default();
+    let widths: Vec<usize> = shown.iter().map(|column| width(*column)).collect();
+    for row in rows {
+        let cells = shown.iter().zip(&widths).map(|(column, width)| format!("{:width$}", row[*column]));
+        let _ = writeln!(out, "{}", cells.collect::<Vec<_>>().join("  ").trim_end());
+    }
+}
+
+/// `850 ms`, `12 s`, `5 min`, `3 h`, `2 d`.
+pub fn age(span: Duration) -> String {
+    let seconds = span.as_secs();
+    match seconds {
+        0 => format!("{} ms", span.as_millis()),
+        1..120 => format!("{seconds} s"),
+        120..7_200 => format!("{} min", seconds / 60),
+        7_200..172_800 => format!("{} h", seconds / 3_600),
+        _ => format!("{} d", seconds / 86_400),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rayless_proto::{
+        ids::ClusterId,
+        resources::Quantity,
+        v1::{
+            control::{NodeEnv, WorkerState},
+            status::{Event, GpuStatus, GroupState, NodeState, WorkerStatus},
+        },
+    };
+
+    fn report() -> StatusReport {
+        let [head, worker] = [NodeId([1; 32]), NodeId([2; 32])];
+        let group = GroupId([3; 8]);
+        let has = Resources::new()
+            .with(CPU, Quantity::whole(8))
+            .with(GPU, Quantity::whole(1))
+            .with(MEMORY, Quantity::whole(64 << 30));
+        let node = |id, name: &str, is_head| NodeStatus {
+            id,
+            name: name.to_owned(),
+            address: format!("{name}:6379"),
+            is_head,
+            state: NodeState::Alive,
+            incarnation: 1,
+            last_seen_ms: 120,
+            rtt_us: if is_head { 0 } else { 85 },
+            resources: has.clone(),
+            available: has.clone(),
+            gpus: Vec::new(),
+            versions: Vec::new(),
+            interface: "eth0".to_owned(),
+            node_env: vec![NodeEnv { name: "VLLM_HOST_IP".into(), value: "10.0.0.1".into(), source: "join".into() }],
+        };
+        let mut second = node(worker, "b", false);
+        assert!(second.available.take(&Resources::new().with(GPU, Quantity::ONE)));
+        second.gpus.push(GpuStatus {
+            index: 0,
+            uuid: "GPU-1".into(),
+            name: "NVIDIA H20".into(),
+            memory_bytes: 1,
+            state: GpuState::Held,
+            held_by: vec![group],
+        });
+        StatusReport {
+            cluster: ClusterId([9; 16]),
+            head,
+            protocol: 1,
+            uptime_ms: 65_000,
+            refused_handshakes: 1,
+            nodes: vec![node(head, "a", true), second],
+            groups: vec![GroupStatus {
+                id: group,
+                name: "vllm".into(),
+                state: GroupState::Running,
+                cause: String::new(),
+                driver_node: head,
+                driver_pid: 77,
+                workers: vec![WorkerStatus {
+                    rank: 0,
+                    node: worker,
+                    pid: 78,
+                    state: WorkerState::Ready,
+                    gpus: vec![0],
+                }],
+            }],
+            placement_groups: Vec::new(),
+            links: Vec::new(),
+            events: vec![Event { time_us: 5_000_000, kind: "node-joined".into(), cause: "b joined".into() }],
+        }
+    }
+
+    #[test]
+    fn shows_who_holds_what() {
+        let page = status(&report(), UNIX_EPOCH + Duration::from_secs(10));
+        assert_eq!(
+            page,
+            "cluster 09090909  up 65 s  protocol 1  refused handshakes 1\n\
+             \n\
+             node      state  address  seen    rtt    cpu  gpu  memory\n\
+             a (head)  alive  a:6379   -       -      0/8  0/1  0.0/64.0 GiB\n\
+             b         alive  b:6379   120 ms  85 us  0/8  1/1  0.0/64.0 GiB\n\
+             \n\
+             gpu  model       state  held by\n\
+             b:0  NVIDIA H20  held   vllm\n\
+             \n\
+             group vllm  0303030303030303  running  driver pid 77 on a\n\
+             rank  node  pid  state  gpus\n\
+             0     b     78   ready  0\n\
+             \n\
+             last events\n\
+             \x20    5 s ago  node-joined: b joined\n"
+        );
+    }
+
+    #[test]
+    fn shows_where_the_environment_came_from() {
+        assert_eq!(
+            environment(&report()),
+            "node  variable      value     from\n\
+             a     VLLM_HOST_IP  10.0.0.1  join\n\
+             b     VLLM_HOST_IP  10.0.0.1  join\n"
+        );
+    }
+}
