@@ -56,8 +56,8 @@ pub struct ClientMessage {
 pub struct LeafBundle {
     /// The cluster CAs that are accepted (two while a token is being rotated), DER.
     pub ca_certificates: Vec<Vec<u8>>,
-    /// The leaf, DER.
-    pub certificate: Vec<u8>,
+    /// The leaf as issued under each of those CAs, in the same order and for the same key, DER.
+    pub certificates: Vec<Vec<u8>>,
     /// Its key, PKCS#8 DER.
     pub key: Vec<u8>,
 }
