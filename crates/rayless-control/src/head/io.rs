@@ -1,0 +1,120 @@
+//! What goes into a [`Head`](crate::head) and what comes out.
+
+use crate::{SessionId, liveness::Transition};
+use rayless_proto::{
+    ids::{ClusterId, Incarnation, NodeId},
+    v1::{
+        control::{ToHead, ToNode},
+        status::Event,
+    },
+};
+use std::time::Duration;
+
+/// What a head needs to know.
+#[derive(Debug, Clone)]
+pub struct HeadConfig {
+    /// The node that the head runs on. It joins like any other (over a session of its own, in-process), but is not watched.
+    pub node: NodeId,
+    /// Id of the cluster, fresh from the system's randomness. One restored from a state file wins.
+    pub cluster: ClusterId,
+    /// Fresh from the system's randomness: group ids come from it.
+    pub seed: u64,
+    /// `--dead-after`, told to every node.
+    pub dead_after: Duration,
+    /// Wall clock at the `now` of [`Head::new`](crate::head), in microseconds since the Unix epoch. Read once: events keep
+    /// their order and distance even if somebody sets the clock.
+    pub unix_us: u64,
+}
+
+/// What happened.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Input {
+    /// An authenticated node opened a control session.
+    SessionOpened {
+        /// Its number.
+        session: SessionId,
+        /// Whose key it shook hands with.
+        node: NodeId,
+        /// IP address that the session comes from (without port), compared with the one that the node names. Empty: not compared.
+        address: String,
+    },
+    /// A message came on a session that was opened before.
+    Message {
+        /// Which.
+        session: SessionId,
+        /// What it says.
+        message: ToHead,
+    },
+    /// A session ended, from either side.
+    SessionClosed {
+        /// Which.
+        session: SessionId,
+    },
+    /// The detector of the heartbeats changed its mind.
+    Liveness {
+        /// About this node,
+        node: NodeId,
+        /// in this life of it.
+        incarnation: Incarnation,
+        /// How.
+        transition: Transition,
+    },
+    /// A heartbeat came. For `status` only: enough to hand in the last one of each node before [`Head::status`](crate::head) or
+    /// a `ToHead::Status`.
+    Heard {
+        /// From this node,
+        node: NodeId,
+        /// in this life of it,
+        incarnation: Incarnation,
+        /// so long ago,
+        ago: Duration,
+        /// with this round trip in microseconds (0: not measured).
+        rtt_us: u64,
+    },
+    /// Somebody did not get in: wrong token, malformed, too many at once.
+    HandshakeRefused {
+        /// `IP:port` it came from.
+        from: String,
+        /// One line.
+        cause: String,
+    },
+    /// [`Head::next_timeout`](crate::head) has come.
+    Timer,
+}
+
+/// What is to be done, in this order.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Effect {
+    /// Send on this session. It may be gone already: then the message is lost, and the node's next join repairs it.
+    Send {
+        /// Which session.
+        session: SessionId,
+        /// Whose it is.
+        to: NodeId,
+        /// What.
+        message: ToNode,
+    },
+    /// Close this session once what was sent on it has left.
+    Close {
+        /// Which.
+        session: SessionId,
+    },
+    /// Watch the heartbeats of this life of a node, as alive from now on.
+    Watch {
+        /// The node.
+        node: NodeId,
+        /// Which life.
+        incarnation: Incarnation,
+    },
+    /// No longer.
+    Unwatch {
+        /// The node.
+        node: NodeId,
+        /// Which life.
+        incarnation: Incarnation,
+    },
+    /// For the log and for people; `status` has it, too.
+    Notify(Event),
+    /// Replace the state file by these bytes (write aside, sync, rename). At most one each [`SAVE_PERIOD`](super::SAVE_PERIOD).
+    SaveState(Vec<u8>),
+}
