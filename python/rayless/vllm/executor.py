@@ -1,0 +1,405 @@
+"""The executor that vLLM's EngineCore drives: its workers are a rayless ``WorkerGroup``.
+
+The group gives placement, processes, ordered calls and news of every death; what is added here is vLLM's:
+which rank answers (the first of the last pipeline stage), what is aggregated, and the order of start-up.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import pickle
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import cloudpickle
+from vllm import envs
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+from vllm.v1.executor.abstract import Executor
+
+import rayless
+from rayless.vllm.environment import gpus_per_worker
+from rayless.vllm.worker import Found, Plan, Worker, find
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+    from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
+
+logger = init_logger("vllm.rayless")
+
+#: Seconds that workers get to let go of devices and process groups before they are killed.
+GRACE_SECONDS = 5.0
+#: Seconds that ``check_health`` waits for every rank, as under vLLM's own executor.
+HEALTH_SECONDS = 10.0
+
+
+class RaylessExecutor(Executor):
+    """Runs vLLM's workers on the nodes of a rayless cluster."""
+
+    uses_ray: bool = False
+    supports_pp: bool = True
+
+    # `Executor.__init__` calls this before it sets its aggregators; they are not touched until a step.
+    def _init_executor(self) -> None:
+        self._cause: str | None = None
+        self._callback: Callable[[], None] | None = None
+        self._lock = threading.Lock()
+        self._closed = False
+        parallel = self.parallel_config
+        self._world_size: int = parallel.world_size
+        # Tensor-parallel rank 0 of the last stage: the only one with the sampled tokens.
+        self._output_rank = self._world_size - parallel.tensor_parallel_size * getattr(
+            parallel, "prefill_context_parallel_size", 1
+        )
+        _refuse_unsupported(self.vllm_config)
+
+        on_cpu = current_platform.is_cpu()
+        bundle, strategy = _resources(on_cpu, parallel.pipeline_parallel_size)
+        self._group = rayless.WorkerGroup.start(
+            Worker,
+            self._world_size,
+            bundles=[bundle] * self._world_size,
+            strategy=strategy,
+            kwargs={"config": _pickled_config(self.vllm_config), "on_cpu": on_cpu},
+            name=_group_name(self.vllm_config),
+        )
+        self._finalizer = weakref.finalize(self, self._group.stop)
+        try:
+            self._group.add_failure_callback(_failure_callback(self))
+            self._bring_up()
+        except BaseException:
+            self._finalizer()
+            raise
+
+    def _bring_up(self) -> None:
+        group = self._group
+        plans = make_plans(group.ranks, str(group.id))
+        for line in describe(plans, self.parallel_config.tensor_parallel_size):
+            logger.info("%s", line)
+        folder = _model_folder(self.vllm_config)
+        compare([find("this driver", None), *group.call("inspect", plans, folder)], folder)
+        rendezvous = next(url for url in group.call("boot") if url is not None)
+        group.call("init_device", rendezvous)
+        group.call("load_model")
+
+    # --- calls ---
+
+    def collective_rpc(  # type: ignore[override]
+        self,
+        method: str | Callable[..., Any],
+        timeout: float | None = None,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+        non_block: bool = False,
+        unique_reply_rank: int | None = None,
+        kv_output_aggregator: Any = None,
+        ec_output_aggregator: Any = None,
+    ) -> Any:
+        """Runs a method on every rank, in the order of the calls.
+
+        A list of all answers; with ``unique_reply_rank``, that rank's answer alone; with an aggregator, what it
+        makes of all answers. ``non_block`` gives a Future of the same.
+        """
+        if self._cause is not None:
+            raise RuntimeError(f"executor failed: {self._cause}")
+        aggregators = [one for one in (kv_output_aggregator, ec_output_aggregator) if one is not None]
+        reply_rank = None if aggregators else unique_reply_rank
+        name = method if isinstance(method, str) else cloudpickle.dumps(method)
+        inner = self._group.call_async(
+            "run",
+            _pickled((name, args, kwargs or {}, reply_rank)),
+            ranks=None if reply_rank is None else [reply_rank],
+            timeout=timeout,
+        )
+        if aggregators:
+            rank = unique_reply_rank or 0
+
+            def finish(outputs: list[Any]) -> Any:
+                result = outputs[rank]
+                for one in aggregators:
+                    # Each merges its own part into outputs[rank]; so they can follow each other.
+                    result = one.aggregate(outputs, output_rank=rank)
+                return result
+
+            reply = _Reply(inner, finish)
+        elif reply_rank is not None:
+            reply = _Reply(inner, _only)
+        else:
+            reply = inner
+        return reply if non_block else reply.result()
+
+    def execute_model(  # type: ignore[override]
+        self, scheduler_output: SchedulerOutput, non_block: bool = False
+    ) -> Any:
+        """One step on every rank; the answer comes from the output rank (None when sampling follows)."""
+        return self._step("execute_model", (scheduler_output,), non_block)
+
+    def sample_tokens(  # type: ignore[override]
+        self, grammar_output: GrammarOutput | None, non_block: bool = False
+    ) -> ModelRunnerOutput | concurrent.futures.Future[ModelRunnerOutput]:
+        """Samples after ``execute_model`` answered None."""
+        return self._step("sample_tokens", (grammar_output,), non_block)
+
+    def _step(self, method: str, args: tuple[Any, ...], non_block: bool) -> Any:
+        return self.collective_rpc(
+            method,
+            args=args,
+            unique_reply_rank=self._output_rank,
+            non_block=non_block,
+            timeout=envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS,
+            kv_output_aggregator=getattr(self, "kv_output_aggregator", None),
+            ec_output_aggregator=getattr(self, "ec_output_aggregator", None),
+        )
+
+    def execute_dummy_batch(self) -> None:
+        """A step without requests, which keeps the ranks of a data-parallel group in step."""
+        self.collective_rpc(
+            "execute_dummy_batch",
+            unique_reply_rank=self._output_rank,
+            timeout=envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS,
+        )
+
+    def take_draft_token_ids(self) -> DraftTokenIds | None:
+        """Draft tokens of speculative decoding, from the rank that samples."""
+        drafts: DraftTokenIds | None = self.collective_rpc(
+            "take_draft_token_ids",
+            unique_reply_rank=self._output_rank,
+            timeout=envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS,
+        )
+        return drafts
+
+    # --- life and death ---
+
+    def register_failure_callback(self, callback: Callable[[], None]) -> None:
+        """Calls back once if the group fails; at once if it has failed already."""
+        with self._lock:
+            if self._cause is None:
+                self._callback = callback
+                return
+        callback()
+
+    def _fail(self, cause: BaseException) -> None:
+        with self._lock:
+            if self._closed or self._cause is not None:
+                return
+            self._cause = str(cause)
+            callback, self._callback = self._callback, None
+        logger.error("%s", cause)
+        if callback is not None:
+            callback()
+
+    def check_health(self) -> None:
+        """Raises unless every rank answers."""
+        self.collective_rpc("check_health", timeout=HEALTH_SECONDS)
+
+    def shutdown(self) -> None:
+        """Ends the workers: asked first, killed after a grace period. May be called again."""
+        # vLLM also calls this on an executor whose start-up failed.
+        group = getattr(self, "_group", None)
+        if group is None:
+            return
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        if self._cause is None:
+            grace = getattr(envs, "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", GRACE_SECONDS)
+            try:
+                group.call("shutdown", timeout=min(float(grace), GRACE_SECONDS))
+            except Exception as error:
+                logger.debug("workers did not end by themselves: %s", error)
+        self._finalizer()
+
+    # --- what the scheduler asks ---
+
+    @property
+    def max_concurrent_batches(self) -> int:
+        """Steps in flight that fill the pipeline; up to vLLM 0.20 the executor is asked for it."""
+        stages: int = self.parallel_config.pipeline_parallel_size
+        return 2 if stages <= 1 and self.scheduler_config.async_scheduling else stages
+
+    @classmethod
+    def supports_async_scheduling(cls) -> bool:
+        """Calls run in order, and outputs are fetched beside the worker's loop: so, yes."""
+        return True
+
+
+class _Reply(concurrent.futures.Future[Any]):
+    """The Future of a group call, seen through ``finish``; it costs no second wake-up."""
+
+    def __init__(self, inner: concurrent.futures.Future[list[Any]], finish: Callable[[list[Any]], Any]) -> None:
+        super().__init__()
+        self._inner = inner
+        self._finish: Callable[[list[Any]], Any] | None = finish
+        self._value: Any = None
+
+    def result(self, timeout: float | None = None) -> Any:
+        outputs = self._inner.result(timeout)
+        if self._finish is not None:  # an aggregator changes what it gets: once only
+            self._value, self._finish = self._finish(outputs), None
+        return self._value
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        return self._inner.exception(timeout)
+
+    def done(self) -> bool:
+        return self._inner.done()
+
+    def running(self) -> bool:
+        return self._inner.running()
+
+    def cancelled(self) -> bool:
+        return self._inner.cancelled()
+
+    def cancel(self) -> bool:
+        return self._inner.cancel()
+
+    def add_done_callback(self, fn: Callable[[concurrent.futures.Future[Any]], Any]) -> None:
+        self._inner.add_done_callback(lambda _inner: fn(self))
+
+
+def _only(outputs: list[Any]) -> Any:
+    return outputs[0]
+
+
+def _failure_callback(executor: RaylessExecutor) -> Callable[[BaseException], None]:
+    """Does not keep the executor alive: the group outlives it until it is finalized."""
+    reference = weakref.ref(executor)
+
+    def failed(cause: BaseException) -> None:
+        alive = reference()
+        if alive is not None:
+            alive._fail(cause)
+
+    return failed
+
+
+def _pickled(value: Any) -> bytes:
+    """Plain pickle where it can; by value for what another process cannot import (--trust-remote-code)."""
+    try:
+        return pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
+    except (pickle.PicklingError, AttributeError, TypeError):
+        return cloudpickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
+
+
+def _pickled_config(config: VllmConfig) -> bytes:
+    """The configuration, with the classes that --trust-remote-code generated in it by value.
+
+    Those live in ``transformers_modules``, which exists in this process alone; plain pickle would succeed here
+    and fail on the worker.
+    """
+    from vllm.transformers_utils.config import maybe_register_config_serialize_by_value
+
+    maybe_register_config_serialize_by_value()
+    return cloudpickle.dumps(config, protocol=pickle.HIGHEST_PROTOCOL)
+
+
+# --- placement ---
+
+
+def _resources(on_cpu: bool, stages: int) -> tuple[dict[str, float], str]:
+    """What one rank holds, and how ranks lie on nodes.
+
+    A stage belongs on one node, which PACK does when ranks fill the GPUs of a node. Without GPUs nothing fills
+    up, and stages exist to use several hosts: SPREAD lays an equal, contiguous share of the ranks on each.
+    """
+    if not on_cpu:
+        return {"GPU": gpus_per_worker()}, "PACK"
+    return {"CPU": 1.0}, "SPREAD" if stages > 1 else "PACK"
+
+
+def make_plans(ranks: Sequence[Any], group: str) -> list[Plan]:
+    """Every rank's place: index on its node, the node's devices, and the identity of node and engine."""
+    plans: list[Plan] = []
+    for info in ranks:
+        here = [other for other in ranks if other.node_id == info.node_id]
+        gpus = sorted({gpu for other in here for gpu in other.gpus})
+        plans.append(
+            {
+                "rank": info.rank,
+                "world_size": len(ranks),
+                "local_rank": here.index(info),
+                "local_world_size": len(here),
+                "gpus": gpus,
+                "device": gpus.index(info.gpus[0]) if info.gpus else 0,
+                "address": info.address,
+                "node": f"node {info.node_name}",
+                "identity": f"{group}.{info.node_id}",
+            }
+        )
+    return plans
+
+
+def describe(plans: Sequence[Plan], tensor_parallel_size: int) -> list[str]:
+    """One line per stage: which ranks, on which node, on which GPUs."""
+    lines = []
+    for first in range(0, len(plans), tensor_parallel_size):
+        stage = plans[first : first + tensor_parallel_size]
+        places = []
+        for node in dict.fromkeys(plan["node"] for plan in stage):
+            here = [plan for plan in stage if plan["node"] == node]
+            gpus = ",".join(str(plan["gpus"][plan["device"]]) for plan in here if plan["gpus"])
+            places.append(f"{node} ({here[0]['address']}{', GPU ' + gpus if gpus else ''})")
+        ranks = f"rank {first}" if len(stage) == 1 else f"ranks {first}-{first + len(stage) - 1}"
+        lines.append(f"pipeline stage {first // tensor_parallel_size}: {ranks} on {' and '.join(places)}")
+        if len(places) > 1:
+            lines.append(
+                f"stage {first // tensor_parallel_size} spans {len(places)} nodes: its all-reduces cross the network"
+            )
+    return lines
+
+
+# --- checks ---
+
+
+def _refuse_unsupported(config: VllmConfig) -> None:
+    multimodal = getattr(config.model_config, "multimodal_config", None)
+    if getattr(multimodal, "mm_processor_cache_type", None) == "shm":
+        raise ValueError(
+            "--mm-processor-cache-type shm shares memory between the front end and every worker, which other nodes cannot\n"
+            "hint: use --mm-processor-cache-type lru"
+        )
+
+
+def _group_name(config: VllmConfig) -> str:
+    served = config.model_config.served_model_name
+    name = served[0] if isinstance(served, list) else served
+    return f"vllm:{name or config.model_config.model}"
+
+
+def _model_folder(config: VllmConfig) -> str | None:
+    """The model as a folder that every node must have; None when it is the name of a repository."""
+    import os
+
+    model = config.model_config.model
+    return os.path.abspath(model) if os.path.isdir(model) else None
+
+
+def compare(found: Sequence[Found], folder: str | None) -> None:
+    """Raises one line of cause and a hint unless every node can run what this one runs."""
+    first = found[0]
+    for other in found:
+        if other["vllm"] is None:
+            raise RuntimeError(
+                f"{other['node']} has no vLLM for Python {other['python']}\n"
+                f"hint: install vllm=={first['vllm']} there, in the same environment as here"
+            )
+    for key, what in (("vllm", "vLLM"), ("torch", "torch"), ("python", "Python")):
+        for other in found:
+            mine, theirs = str(first.get(key)), str(other.get(key))
+            if key == "python":  # pickles travel between patch releases
+                mine, theirs = mine.rpartition(".")[0], theirs.rpartition(".")[0]
+            if mine != theirs:
+                raise RuntimeError(
+                    f"{what} differs: {mine} on {first['node']}, {theirs} on {other['node']}\n"
+                    f"hint: install the same {what} on every node that runs a rank"
+                )
+    missing = list(dict.fromkeys(other["node"] for other in found if other["model_missing"]))
+    if missing:
+        raise RuntimeError(
+            f"{missing[0]} has no folder {folder}\n"
+            f"hint: put the model at the same path on {', '.join(missing)}, or serve it by its repository name"
+        )
