@@ -31,6 +31,14 @@ pub const MAX_NAME: usize = 128;
 pub const MAX_RESOURCES: usize = 64;
 /// Handshakes in progress on one daemon; more are refused before they cost memory.
 pub const MAX_HALF_OPEN: usize = 128;
+/// Launches and placement groups that may wait at once; one more is refused.
+pub const MAX_WAITING: usize = 1024;
+/// Ended groups that `status` keeps; of older ones only the id is remembered.
+pub const MAX_ENDED_GROUPS: usize = 64;
+/// Dead and left nodes that `status` keeps.
+pub const MAX_GONE_NODES: usize = 256;
+/// Ids of ended groups and placement groups that a head remembers, so that a node that returns late is told to end them.
+pub const MAX_TOMBSTONES: usize = 4096;
 /// Events that `status` keeps; older ones are in the log.
 pub const MAX_EVENTS: usize = 256;
 
@@ -46,6 +54,10 @@ pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 pub const WAIT: Duration = Duration::from_secs(600);
 /// Between two repeats of the need/have table of a waiting launch.
 pub const WAIT_REPORT_PERIOD: Duration = Duration::from_secs(10);
+/// How long a node may take to start a keeper before the launch fails: a process start, on a saturated machine.
+pub const KEEPER_START_TIMEOUT: Duration = Duration::from_secs(20);
+/// After this long without an answer a node is told again to end its part of a group.
+pub const STOP_REPEAT_PERIOD: Duration = Duration::from_secs(5);
 /// A failed group's processes are reaped within this.
 pub const REAP_TIMEOUT: Duration = Duration::from_secs(5);
 /// A GPU whose memory is not back within this is `draining`.
