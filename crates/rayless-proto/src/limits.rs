@@ -39,6 +39,10 @@ pub const MAX_ENDED_GROUPS: usize = 64;
 pub const MAX_GONE_NODES: usize = 256;
 /// Ids of ended groups and placement groups that a head remembers, so that a node that returns late is told to end them.
 pub const MAX_TOMBSTONES: usize = 4096;
+/// Commands and drivers connected to one daemon at once.
+pub const MAX_LOCAL_CLIENTS: usize = 512;
+/// Unanswered requests of one of them, and answers that wait to be read by it; a client that does not read is dropped.
+pub const MAX_CLIENT_BACKLOG: usize = 64;
 /// Events that `status` keeps; older ones are in the log.
 pub const MAX_EVENTS: usize = 256;
 
