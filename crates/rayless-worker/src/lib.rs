@@ -21,3 +21,4 @@ pub mod driver;
 pub mod host;
 pub mod keeper;
 pub mod ring;
+mod session;
