@@ -68,6 +68,11 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
         Ok(frame)
     }
 
+    /// From the next frame on, up to `limit` bytes.
+    pub fn set_limit(&mut self, limit: usize) {
+        self.limit = limit;
+    }
+
     /// The stream, for what is not a frame. Bytes of a frame already begun are kept here.
     pub fn get_mut(&mut self) -> &mut R {
         &mut self.stream

@@ -5,9 +5,24 @@
 //! 1. [`token`]: the one secret of a cluster, in text, file and environment.
 //! 2. [`identity`]: from the token to a certificate authority, a node's id, and mutual TLS 1.3.
 //! 3. [`framing`]: length-limited frames on any byte stream.
-#![deny(unsafe_code)] // allowed, block by block, in `os` only
+//! 4. [`counters`]: what was refused or dropped, for `status` and metrics.
+//! 5. [`quic`]: endpoint and session, the first frame, limits on strangers.
+//! 6. [`tcp`]: the same identity over TCP; reading a session's name before it is handed over.
+//! 7. [`unix`]: local sockets, their owner, and descriptors passed over them.
+//! 8. [`interfaces`]: which address, which interface, whether something translates in between.
+#![deny(unsafe_code)] // allowed in `os` only
 
+pub mod counters;
 pub mod framing;
 pub mod identity;
+pub mod interfaces;
+pub mod quic;
+pub mod tcp;
 pub mod token;
 pub mod unix;
+
+mod client_hello;
+mod half_open;
+mod holder;
+mod os;
+mod udp;

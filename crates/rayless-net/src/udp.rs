@@ -1,0 +1,103 @@
+//! The UDP socket under an endpoint: bound with a message fit for people, and what arrives on it is counted.
+
+use crate::counters::Counters;
+use quinn::{
+    AsyncUdpSocket, Runtime, TokioRuntime, UdpPoller,
+    udp::{RecvMeta, Transmit},
+};
+use std::{
+    io::{self, IoSliceMut},
+    net::SocketAddr,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+};
+
+/// The smallest QUIC packet that can be authentic: header, packet number and the AEAD's 16-byte tag.
+const SMALLEST: usize = 21;
+
+/// A socket that counts.
+#[derive(Debug)]
+pub(crate) struct CountedSocket {
+    inner: Arc<dyn AsyncUdpSocket>,
+    counters: Arc<Counters>,
+}
+
+impl CountedSocket {
+    pub(crate) fn new(socket: std::net::UdpSocket, counters: Arc<Counters>) -> io::Result<Self> {
+        Ok(Self { inner: TokioRuntime.wrap_udp_socket(socket)?, counters })
+    }
+}
+
+impl AsyncUdpSocket for CountedSocket {
+    fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
+        self.inner.clone().create_io_poller()
+    }
+
+    fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+        self.inner.try_send(transmit)
+    }
+
+    fn poll_recv(
+        &self,
+        context: &mut Context<'_>,
+        buffers: &mut [IoSliceMut<'_>],
+        metas: &mut [RecvMeta],
+    ) -> Poll<io::Result<usize>> {
+        let count = ready!(self.inner.poll_recv(context, buffers, metas))?;
+        let (mut all, mut stray) = (0, 0);
+        for (buffer, meta) in buffers.iter().zip(metas.iter()).take(count) {
+            // The kernel may have put datagrams of one sender together.
+            for datagram in buffer[..meta.len.min(buffer.len())].chunks(meta.stride.max(1)) {
+                all += 1;
+                stray += u64::from(is_stray(datagram));
+            }
+        }
+        self.counters.datagrams(all, stray);
+        Poll::Ready(Ok(count))
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.inner.local_addr()
+    }
+
+    fn max_transmit_segments(&self) -> usize {
+        self.inner.max_transmit_segments()
+    }
+
+    fn max_receive_segments(&self) -> usize {
+        self.inner.max_receive_segments()
+    }
+
+    fn may_fragment(&self) -> bool {
+        self.inner.may_fragment()
+    }
+}
+
+/// Whether no endpoint of ours can have sent it: too short, without QUIC's fixed bit (ours always set it), or the start of
+/// a connection in another version or in less than the 1,200 bytes that the standard asks for.
+fn is_stray(datagram: &[u8]) -> bool {
+    let Some(first) = datagram.first() else { return true };
+    if datagram.len() < SMALLEST || first & 0x40 == 0 {
+        return true;
+    }
+    let is_long = first & 0x80 != 0;
+    let is_initial = first & 0x30 == 0;
+    is_long && (datagram[1..5] != [0, 0, 0, 1] || is_initial && datagram.len() < 1200)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_cannot_be_ours_is_told_from_what_can() {
+        let initial = |n| [&[0xc0, 0, 0, 0, 1][..], &vec![0; n]].concat();
+        assert!(!is_stray(&initial(1195)));
+        assert!(is_stray(&initial(1194)), "an initial packet is padded");
+        assert!(!is_stray(&[0x40; 21]));
+        for stray in [&[][..], &[0x40; 20], &[0; 1200], &[0xc0; 1200], b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"] {
+            assert!(is_stray(stray) || stray[0] & 0x40 != 0, "{stray:?}");
+        }
+    }
+}
