@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import os
 import secrets
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -83,6 +84,19 @@ class Host:
         if check and done.returncode != 0:
             raise RuntimeError(f"{command} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
         return done
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """Sockets that this thread opens inside the block belong to this host; those of other threads do not."""
+        if self.namespace is None:
+            yield
+            return
+        with open("/proc/thread-self/ns/net") as own, open(f"/run/netns/{self.namespace}") as there:
+            _setns(there.fileno())
+            try:
+                yield
+            finally:
+                _setns(own.fileno())
 
     def pids(self) -> list[int]:
         """The processes that run inside the namespace (a loopback host has no list of its own)."""
@@ -147,10 +161,14 @@ def unavailable() -> str | None:
 
 
 @contextlib.contextmanager
-def hosts(count: int = 2, *, loopback: bool = False) -> Iterator[list[Host]]:
-    """``count`` hosts that reach each other; all gone at the end, with all that ran on them."""
+def hosts(
+    count: int = 2, *, loopback: bool = False, cable: Callable[[Host, Host], None] | None = None
+) -> Iterator[list[Host]]:
+    """``count`` hosts that reach each other; all gone at the end, with all that ran on them.
+
+    ``cable`` makes ``eth0`` in both of two hosts in place of the veth pair (tests/wire: a cable that loses packets)."""
     _terminate_by_exception()
-    made = _loopback_hosts(count) if loopback else _namespace_hosts(count)
+    made = _loopback_hosts(count) if loopback else _namespace_hosts(count, cable)
     cleanup = _Cleanup(made)
     atexit.register(cleanup)
     try:
@@ -178,7 +196,7 @@ def _loopback_hosts(count: int) -> list[Host]:
     return [Host(None, f"127.{third}.{fourth}.{index + 1}", "lo") for index in range(count)]
 
 
-def _namespace_hosts(count: int) -> list[Host]:
+def _namespace_hosts(count: int, cable: Callable[[Host, Host], None] | None = None) -> list[Host]:
     """The hosts, and behind them the namespace of the bridge that joins more than two."""
     reason = unavailable()
     if reason is not None:
@@ -200,6 +218,8 @@ def _namespace_hosts(count: int) -> list[Host]:
             for index, host in enumerate(made):
                 _veth(hub.namespace, f"p{index}", host.namespace)
                 _ip("-n", hub.namespace, "link", "set", f"p{index}", "master", "br0", "up")
+        elif count == 2 and cable is not None:
+            cable(made[0], made[1])
         elif count == 2:
             _veth(made[0].namespace, "eth0", made[1].namespace)
         for host in made:
@@ -220,6 +240,14 @@ def _ip(*words: str | None) -> None:
     done = subprocess.run([*ip_command(), *[str(word) for word in words]], capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"ip {' '.join(map(str, words))}: {done.stderr.strip()}")
+
+
+def _setns(namespace: int) -> None:
+    """Moves the calling thread to a network namespace (``os.setns`` came with Python 3.12)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    clone_newnet = 0x40000000
+    if libc.setns(namespace, clone_newnet) != 0:
+        raise OSError(ctypes.get_errno(), "cannot enter the network namespace")
 
 
 def _sweep() -> None:
