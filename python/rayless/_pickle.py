@@ -66,8 +66,10 @@ def dumps_raised(method: str, error: BaseException) -> bytes:
     """The payload of a reply that says that a method raised."""
     import traceback
 
-    # The first frame is the worker's own loop: no news to anybody.
-    trace = error.__traceback__.tb_next if error.__traceback__ is not None else None
+    # The first frames are the worker's own loop: no news to anybody.
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_globals.get("__name__") == "rayless._worker" and trace.tb_next:
+        trace = trace.tb_next
     lines = traceback.format_exception(type(error), error, trace)
     name = type(error).__qualname__
     module = type(error).__module__

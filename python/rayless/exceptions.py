@@ -19,7 +19,7 @@ The message is one line of cause, then ``hint:`` with what to do.
 
 from __future__ import annotations
 
-import concurrent.futures
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,8 +39,14 @@ __all__ = [
     "WorkerDiedError",
 ]
 
-# Before Python 3.11 the TimeoutError of concurrent.futures is a type of its own; who waits for a future expects it.
-_TIMEOUTS: tuple[type[Exception], ...] = tuple({TimeoutError: None, concurrent.futures.TimeoutError: None})
+if sys.version_info >= (3, 11):
+    _Timeout = TimeoutError
+else:
+    import concurrent.futures
+
+    # Of its own type there; who waits for a future expects it.
+    class _Timeout(TimeoutError, concurrent.futures.TimeoutError):
+        pass
 
 
 class RayError(Exception):
@@ -71,7 +77,7 @@ class PendingCallsLimitExceeded(RayError):
     """More calls in flight than a group takes; the slowest rank is named."""
 
 
-class GetTimeoutError(RayError, *_TIMEOUTS):  # type: ignore[misc]
+class GetTimeoutError(RayError, _Timeout):
     """No reply in time. The call runs on, its reply is dropped, and the group stays usable."""
 
 
@@ -117,7 +123,8 @@ class RayTaskError(RayError):
         cause: BaseException | None = None,
         where: str = "",
     ) -> None:
-        super().__init__(text)
+        # Not `super()`: next in line may be the constructor of the type that was raised, with parameters of its own.
+        Exception.__init__(self, text)
         self.rank = rank
         self.method = method
         self.type_name = type_name
@@ -164,9 +171,21 @@ def as_instance_of_cause(error: RayTaskError) -> RayTaskError:
         RayTaskError.__init__(
             made, error.rank, error.method, error.type_name, error.text, error.remote_traceback, cause, error.where
         )
+        _copy_slots(cause, made)
     except Exception:  # a type with a `__new__` or `__setattr__` of its own mind
         return error
     return made
+
+
+def _copy_slots(cause: Exception, made: RayTaskError) -> None:
+    """Gives ``made`` what the type keeps outside of ``__dict__``, such as ``errno``: there `__getattr__` is never asked."""
+    for base in type(cause).__mro__:
+        for name, field in vars(base).items():
+            if not name.startswith("__") and type(field).__name__ in ("member_descriptor", "getset_descriptor"):
+                try:
+                    setattr(made, name, getattr(cause, name))
+                except (AttributeError, TypeError):  # unset, or read-only
+                    continue
 
 
 _both: dict[type, type[RayTaskError] | None] = {}
