@@ -1,17 +1,29 @@
 //! A client of this host's node daemon, over `daemon.sock` in its run dir. Blocking: it serves commands and the
 //! start of a group, where there is nothing else to do meanwhile.
 
+use rayless_net::{
+    framing::{self, HEADER},
+    unix::{self, ConnectError},
+};
 use rayless_proto::{
-    ids::GroupId,
+    codec,
+    ids::{GroupId, NodeId, RequestId},
+    limits::MAX_LOCAL_MESSAGE,
     v1::{
         control::{NeedHave, Refusal},
-        local::{ClientReply, ClientRequest, Identity},
-        status::StatusReport,
+        local::{ClientMessage, ClientReply, ClientRequest, DaemonMessage, Identity},
+        status::{NodeState, StatusReport},
     },
 };
 use std::{
-    io,
+    collections::VecDeque,
+    io::{self, Read, Write},
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::net::UnixStream,
+    },
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 /// Why a request to the daemon came to nothing.
@@ -42,17 +54,35 @@ pub enum ClientError {
     Io(#[from] io::Error),
 }
 
+/// What the head holds a node of one of this client's groups for.
+#[derive(Debug, Clone)]
+pub(crate) struct Verdict {
+    pub(crate) node: NodeId,
+    pub(crate) state: NodeState,
+    pub(crate) cause: String,
+}
+
 /// A connection to the local daemon.
 #[derive(Debug)]
-pub struct LocalClient {}
+pub struct LocalClient {
+    stream: UnixStream,
+    input: Vec<u8>,
+    next_request: RequestId,
+    verdicts: VecDeque<Verdict>,
+}
 
 impl LocalClient {
     /// Connects to `daemon.sock` in `run_dir`.
     ///
     /// # Errors
     /// [`ClientError::NoDaemon`] where nobody listens.
-    pub fn connect(_run_dir: &Path) -> Result<Self, ClientError> {
-        unimplemented!()
+    pub fn connect(run_dir: &Path) -> Result<Self, ClientError> {
+        let path = run_dir.join("daemon.sock");
+        let stream = unix::connect_std(&path).map_err(|error| match error {
+            ConnectError::NobodyThere(_) => ClientError::NoDaemon { path: path.clone() },
+            ConnectError::Io { error, .. } => ClientError::Io(error),
+        })?;
+        Ok(Self { stream, input: Vec::new(), next_request: 0, verdicts: VecDeque::new() })
     }
 
     /// Sends `body` and waits for its final answer; answers on the way (`Waiting`, `WaitingForHead`) go to `on_progress`.
@@ -61,10 +91,72 @@ impl LocalClient {
     /// [`ClientError::Refused`] for a refusal, [`ClientError::Lost`] where the daemon ended.
     pub fn request(
         &mut self,
-        _body: ClientRequest,
-        _on_progress: &mut dyn FnMut(&ClientReply),
+        body: ClientRequest,
+        on_progress: &mut dyn FnMut(&ClientReply),
     ) -> Result<ClientReply, ClientError> {
-        unimplemented!()
+        let answer = self.request_while(body, None, &mut |news| {
+            if let Some(news) = news {
+                on_progress(news);
+            }
+            true
+        })?;
+        // Only a `false` of that closure ends it without an answer.
+        answer.ok_or_else(|| ClientError::Lost { cause: "no answer".into() })
+    }
+
+    /// [`Self::request`] that also calls `on_progress` with `None` each `tick`, and gives up (`None`) where that returns `false`; the caller then
+    /// drops the connection, which cancels the request.
+    pub(crate) fn request_while(
+        &mut self,
+        body: ClientRequest,
+        tick: Option<Duration>,
+        on_progress: &mut dyn FnMut(Option<&ClientReply>) -> bool,
+    ) -> Result<Option<ClientReply>, ClientError> {
+        self.next_request += 1;
+        let request = self.next_request;
+        let message = codec::encode(&ClientMessage { request, body });
+        let header = framing::header_of(message.len(), MAX_LOCAL_MESSAGE).map_err(|e| lost(&e))?;
+        self.stream.write_all(&[&header[..], &message].concat()).map_err(|e| lost(&e))?;
+        self.stream.set_read_timeout(tick)?;
+        loop {
+            while let Some(message) = self.next_message()? {
+                match message.body {
+                    ClientReply::NodeVerdict { node, state, cause, .. } => {
+                        self.verdicts.push_back(Verdict { node, state, cause });
+                    }
+                    _ if message.request != request => {}
+                    ClientReply::Waiting(_) | ClientReply::WaitingForHead(_) => {
+                        if !on_progress(Some(&message.body)) {
+                            return Ok(None);
+                        }
+                    }
+                    ClientReply::Refused { refusal, table } => return Err(ClientError::Refused { refusal, table }),
+                    answer => return Ok(Some(answer)),
+                }
+            }
+            let mut chunk = [0; 16 << 10];
+            match self.stream.read(&mut chunk) {
+                Ok(0) => return Err(ClientError::Lost { cause: "it closed the connection".into() }),
+                Ok(count) => self.input.extend_from_slice(&chunk[..count]),
+                Err(error)
+                    if error.kind() == io::ErrorKind::WouldBlock || error.kind() == io::ErrorKind::Interrupted =>
+                {
+                    if !on_progress(None) {
+                        return Ok(None);
+                    }
+                }
+                Err(error) => return Err(lost(&error)),
+            }
+        }
+    }
+
+    fn next_message(&mut self) -> Result<Option<DaemonMessage>, ClientError> {
+        let Some(header) = self.input.first_chunk::<HEADER>() else { return Ok(None) };
+        let length = framing::length_of(*header, MAX_LOCAL_MESSAGE).map_err(|e| lost(&e))?;
+        let Some(frame) = self.input.get(HEADER..HEADER + length) else { return Ok(None) };
+        let message = codec::decode::<DaemonMessage>(frame).map_err(|e| lost(&e))?;
+        self.input.drain(..HEADER + length);
+        Ok(Some(message))
     }
 
     /// What the daemon is.
@@ -72,7 +164,10 @@ impl LocalClient {
     /// # Errors
     /// As [`Self::request`].
     pub fn identify(&mut self) -> Result<Identity, ClientError> {
-        unimplemented!()
+        match self.request(ClientRequest::Identify, &mut |_| {})? {
+            ClientReply::Identity(identity) => Ok(identity),
+            _ => Err(unexpected()),
+        }
     }
 
     /// The state of the cluster.
@@ -80,14 +175,54 @@ impl LocalClient {
     /// # Errors
     /// As [`Self::request`].
     pub fn status(&mut self) -> Result<StatusReport, ClientError> {
-        unimplemented!()
+        match self.request(ClientRequest::Status, &mut |_| {})? {
+            ClientReply::Status(report) => Ok(report),
+            _ => Err(unexpected()),
+        }
     }
 
     /// Ends a group, or all groups of the cluster.
     ///
     /// # Errors
     /// As [`Self::request`].
-    pub fn stop_group(&mut self, _group: Option<GroupId>) -> Result<(), ClientError> {
-        unimplemented!()
+    pub fn stop_group(&mut self, group: Option<GroupId>) -> Result<(), ClientError> {
+        match self.request(ClientRequest::StopGroup(group), &mut |_| {})? {
+            ClientReply::Done => Ok(()),
+            _ => Err(unexpected()),
+        }
     }
+
+    /// For an epoll set.
+    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
+
+    /// The verdicts that have come; without waiting. An error where the daemon is gone.
+    pub(crate) fn take_verdicts(&mut self) -> Result<Vec<Verdict>, ClientError> {
+        self.stream.set_nonblocking(true)?;
+        let mut chunk = [0; 16 << 10];
+        loop {
+            match self.stream.read(&mut chunk) {
+                Ok(0) => return Err(ClientError::Lost { cause: "it closed the connection".into() }),
+                Ok(count) => self.input.extend_from_slice(&chunk[..count]),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(lost(&error)),
+            }
+        }
+        while let Some(message) = self.next_message()? {
+            if let ClientReply::NodeVerdict { node, state, cause, .. } = message.body {
+                self.verdicts.push_back(Verdict { node, state, cause });
+            }
+        }
+        Ok(self.verdicts.drain(..).collect())
+    }
+}
+
+fn lost(error: &dyn std::error::Error) -> ClientError {
+    ClientError::Lost { cause: error.to_string() }
+}
+
+fn unexpected() -> ClientError {
+    ClientError::Lost { cause: "it gave an answer to another question".into() }
 }

@@ -90,7 +90,13 @@ impl Session {
         let mut tls = tls.into();
         // What is queued is bounded here, by `output`.
         tls.set_buffer_limit(None);
-        Ok(Self::new(Stream::Tls { socket, tls: Box::new(tls) }))
+        // The handshake may have read ahead into the first frames.
+        let state = tls.process_new_packets().map_err(io::Error::other)?;
+        let mut early = vec![0; state.plaintext_bytes_to_read()];
+        tls.reader().read_exact(&mut early)?;
+        let mut session = Self::new(Stream::Tls { socket, tls: Box::new(tls) });
+        session.input = early;
+        Ok(session)
     }
 
     fn new(stream: Stream) -> Self {
@@ -107,11 +113,6 @@ impl Session {
             heard: now,
             spoke: now,
         }
-    }
-
-    /// Bytes that were received with or before the hello.
-    pub(crate) fn push_back(&mut self, bytes: &[u8]) {
-        self.input.extend_from_slice(bytes);
     }
 
     /// For an epoll set.

@@ -1,18 +1,36 @@
 //! The keeper: owns the workers of one group on one host and outlives the daemon that started it.
+//!
+//! Its main thread runs a tokio loop (`group`: daemons, drivers at the door, processes, pipes, timers), since a worker must be a child of
+//! that thread; a second thread (`step`) has the driver's session, and where the driver is on another host also the ring.
+//!
+//! Files in the run dir: `keepers/<group>.sock` (0600) and `.pid`, gone when the keeper is; `logs/<group>/rank-<n>.log` and `keeper.log`.
 
+mod child;
+mod door;
+mod group;
+mod handle;
+mod logs;
+mod reap;
+pub(crate) mod step;
+
+pub use handle::{HandOver, KeeperHandle, KeeperRemote, adopt, spawn};
+
+use group::Group;
+use rayless_net::unix;
 use rayless_proto::{
-    ids::{GroupId, NodeId},
-    v1::{
-        control::HeldGroup,
-        keeper::{FromKeeper, KeeperConfig},
-        status::NodeState,
-    },
+    codec,
+    limits::{MAX_LOCAL_MESSAGE, MAX_WORKERS_PER_HOST},
+    v1::keeper::KeeperConfig,
 };
 use std::{
-    io,
-    os::fd::OwnedFd,
+    fs,
+    io::{self, Read, Write},
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
+
+/// What a keeper says on stdout once its socket takes sessions.
+const READY: &str = "ready";
 
 /// Why a keeper did not start or ended early.
 #[derive(Debug, thiserror::Error)]
@@ -34,82 +52,94 @@ pub enum KeeperError {
 }
 
 /// Body of `rayless keeper`: reads its configuration from stdin and runs until the group is over. Must be called on the process's
-/// main thread, before any other thread is started: its children die with the thread that made them.
+/// main thread: its children die with the thread that made them.
 ///
 /// # Errors
 /// Where it cannot start. After the start everything that goes wrong ends the group with a cause told to daemon and driver.
 pub fn run() -> Result<(), KeeperError> {
-    unimplemented!()
+    let config = read_config()?;
+    // Not of the daemon's session: what ends that one must not end this. Fails where it is so already.
+    let _ = rustix::process::setsid();
+    // What a worker started and left behind becomes ours, to be reaped.
+    let _ = rustix::process::set_child_subreaper(Some(rustix::process::getpid()));
+    let log_dir = log_dir(&config);
+    make_dir(&log_dir)?;
+    let socket = socket_path(&config);
+    make_dir(socket.parent().unwrap_or(Path::new("/")))?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|source| KeeperError::Io { what: "cannot start a runtime".into(), source })?;
+    runtime.block_on(async {
+        let listener = unix::bind(&socket).map_err(|error| KeeperError::Io {
+            what: format!("cannot bind {}", socket.display()),
+            source: io::Error::other(error),
+        })?;
+        write_pid(&config)?;
+        let cleared = config.clone();
+        let result = serve(config, listener, log_dir).await;
+        if result.is_err() {
+            group::remove_files(&cleared);
+        }
+        result
+    })
 }
 
-/// Starts `exe keeper` in a session of its own, hands it `config`, and returns once its socket takes sessions. Needs a tokio
-/// runtime with I/O. Dropping the handle leaves the keeper alone.
-///
-/// # Errors
-/// [`KeeperError::NotStarted`] with its last line.
-pub async fn spawn(_exe: &Path, _config: &KeeperConfig) -> Result<KeeperHandle, KeeperError> {
-    unimplemented!()
+async fn serve(config: KeeperConfig, listener: tokio::net::UnixListener, log_dir: PathBuf) -> Result<(), KeeperError> {
+    let group = Group::new(config, listener, log_dir)?;
+    let io = |what: &str| {
+        let what = what.to_owned();
+        move |source| KeeperError::Io { what, source }
+    };
+    let mut stdout = io::stdout();
+    // The daemon that waits for this may be gone already: the next one finds the socket.
+    let _ = writeln!(stdout, "{READY}").and_then(|()| stdout.flush());
+    tokio::task::LocalSet::new().run_until(group.run()).await.map_err(io("cannot watch signals"))
 }
 
-/// Connects to the keeper behind `socket` (one found in `keepers/`).
-///
-/// # Errors
-/// Where nobody listens there any more: the caller removes the file.
-pub async fn adopt(_socket: &Path) -> Result<KeeperHandle, KeeperError> {
-    unimplemented!()
+fn read_config() -> Result<KeeperConfig, KeeperError> {
+    let mut bytes = Vec::new();
+    let wrong = |error: String| KeeperError::Config(error);
+    io::stdin()
+        .lock()
+        .take(MAX_LOCAL_MESSAGE as u64)
+        .read_to_end(&mut bytes)
+        .map_err(|error| wrong(error.to_string()))?;
+    let config = codec::decode::<KeeperConfig>(&bytes).map_err(|error| wrong(error.to_string()))?;
+    if config.ranks.is_empty() || config.ranks.len() > MAX_WORKERS_PER_HOST {
+        return Err(wrong(format!(
+            "{} ranks on one host, 1 to {MAX_WORKERS_PER_HOST} are possible",
+            config.ranks.len()
+        )));
+    }
+    Ok(config)
 }
 
-/// A daemon's hold on one keeper.
-#[derive(Debug)]
-pub struct KeeperHandle {}
-
-impl KeeperHandle {
-    /// Its group.
-    pub fn group(&self) -> GroupId {
-        unimplemented!()
-    }
-
-    /// What it held when this handle was made.
-    pub fn held(&self) -> &HeldGroup {
-        unimplemented!()
-    }
-
-    /// Its socket.
-    pub fn socket(&self) -> &PathBuf {
-        unimplemented!()
-    }
-
-    /// The next message; `None` once the keeper is gone (after `Ended`, or without it where it was killed). Cancel safe.
-    pub async fn next(&mut self) -> Option<FromKeeper> {
-        unimplemented!()
-    }
-
-    /// Tells it to kill its workers and end (empty cause: in order). Queued, never blocks.
-    pub fn stop(&self, _cause: &str) {
-        unimplemented!()
-    }
-
-    /// Tells it what the head holds a node for. Queued, never blocks.
-    pub fn verdict(&self, _node: NodeId, _state: NodeState) {
-        unimplemented!()
-    }
-
-    /// A hand-over to the same keeper that can be kept in another task (the TCP accept loop).
-    pub fn hand_over(&self) -> HandOver {
-        unimplemented!()
-    }
+fn write_pid(config: &KeeperConfig) -> Result<(), KeeperError> {
+    let path = pid_path(config);
+    let write = || {
+        let mut options = fs::OpenOptions::new();
+        let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(&path)?;
+        writeln!(file, "{}", std::process::id())
+    };
+    write().map_err(|source| KeeperError::Io { what: format!("cannot write {}", path.display()), source })
 }
 
-/// Passes TCP step sessions to a keeper.
-#[derive(Debug, Clone)]
-pub struct HandOver {}
+fn make_dir(path: &Path) -> Result<(), KeeperError> {
+    let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
+    made.map_err(|source| KeeperError::Io { what: format!("cannot make {}", path.display()), source })
+}
 
-impl HandOver {
-    /// Passes `session`, of which nothing was consumed yet.
-    ///
-    /// # Errors
-    /// Where the keeper is gone.
-    pub async fn session(&self, _session: OwnedFd) -> io::Result<()> {
-        unimplemented!()
-    }
+/// `keepers/<group>.sock` in its run dir.
+pub fn socket_path(config: &KeeperConfig) -> PathBuf {
+    Path::new(&config.run_dir).join("keepers").join(format!("{}.sock", config.group))
+}
+
+fn pid_path(config: &KeeperConfig) -> PathBuf {
+    socket_path(config).with_extension("pid")
+}
+
+/// `logs/<group>` in its run dir.
+pub fn log_dir(config: &KeeperConfig) -> PathBuf {
+    Path::new(&config.run_dir).join("logs").join(config.group.to_string())
 }

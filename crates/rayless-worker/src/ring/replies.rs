@@ -126,6 +126,11 @@ impl ReplyReader {
         Self { ring, reader, tail: 0 }
     }
 
+    /// Whether something is there.
+    pub(crate) fn has_more(&self) -> bool {
+        self.ring.map.word64(Ring::slot(self.reader, SLOT_HEAD)).load(Ordering::SeqCst) != self.tail
+    }
+
     /// The next fragment, checked: the worker at the other end may be broken.
     pub(crate) fn try_next(&mut self) -> Result<Option<ReplyFragment>, RingError> {
         let broken = |what| RingError { reader: self.reader as u32, what };

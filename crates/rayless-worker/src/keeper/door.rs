@@ -1,0 +1,153 @@
+//! Who comes to the keeper's socket: a daemon, a driver of this host, or a driver's TCP session handed over by a daemon.
+
+use crate::session::Session;
+use rayless_net::{framing, identity::TlsIdentity, unix};
+use rayless_proto::{
+    codec,
+    hello::{Hello, Purpose},
+    limits::{HANDSHAKE_TIMEOUT, MAX_HELLO, MAX_LOCAL_MESSAGE},
+    v1::keeper::{FromKeeper, ToKeeper},
+};
+use std::{
+    io,
+    os::fd::OwnedFd,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+use tokio::{
+    io::AsyncWriteExt,
+    net::{TcpStream, UnixListener, UnixStream},
+    sync::{Semaphore, mpsc},
+    time::timeout,
+};
+use tokio_rustls::TlsAcceptor;
+
+/// Handshakes at once; more wait their turn. A daemon hands over whatever asks for this group by name.
+const HANDSHAKES: usize = 8;
+
+/// Who came, or what a daemon said.
+pub(super) enum Caller {
+    /// A driver, ready to talk.
+    Driver {
+        session: Box<Session>,
+        /// Its process, where it runs on this host.
+        pid: Option<u32>,
+    },
+    /// A daemon, and where to send it messages.
+    Daemon { id: u64, outbox: mpsc::UnboundedSender<FromKeeper> },
+    /// A daemon's message.
+    Said { id: u64, message: ToKeeper },
+    /// That daemon is gone.
+    Gone { id: u64 },
+}
+
+/// Lets callers in for as long as the runtime lives.
+pub(super) fn open(listener: UnixListener, identity: TlsIdentity, callers: mpsc::UnboundedSender<Caller>) {
+    let handshakes = Arc::new(Semaphore::new(HANDSHAKES));
+    let ids = Arc::new(AtomicU64::new(0));
+    tokio::spawn(async move {
+        loop {
+            let stream = match listener.accept().await {
+                Ok((stream, _)) => stream,
+                Err(error) => {
+                    // Out of descriptors, most likely: they come back.
+                    tracing::warn!(%error, "cannot accept");
+                    tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+                    continue;
+                }
+            };
+            let (identity, callers) = (identity.clone(), callers.clone());
+            let (handshakes, ids) = (Arc::clone(&handshakes), Arc::clone(&ids));
+            tokio::spawn(async move {
+                if let Err(error) = serve(stream, &identity, callers, &handshakes, &ids).await {
+                    tracing::info!(%error, "caller turned away");
+                }
+            });
+        }
+    });
+}
+
+async fn serve(
+    stream: UnixStream,
+    identity: &TlsIdentity,
+    callers: mpsc::UnboundedSender<Caller>,
+    handshakes: &Semaphore,
+    ids: &AtomicU64,
+) -> io::Result<()> {
+    let peer = unix::peer_credentials(&stream)?;
+    if !peer.is_trusted() {
+        return Err(io::ErrorKind::PermissionDenied.into());
+    }
+    let mut first = [0];
+    let (count, mut fds) = timeout(HANDSHAKE_TIMEOUT, unix::recv_fds(&stream, &mut first)).await??;
+    match (count, first[0], fds.pop()) {
+        (1, b'D', None) => {
+            daemon(stream, ids.fetch_add(1, Ordering::Relaxed), &callers).await;
+            Ok(())
+        }
+        (1, b'L', None) => {
+            let session = Box::new(Session::local(stream.into_std()?)?);
+            let _ = callers.send(Caller::Driver { session, pid: Some(peer.pid) });
+            Ok(())
+        }
+        (1, b'S', Some(fd)) => {
+            let _turn = handshakes.acquire().await.map_err(io::Error::other)?;
+            let session = timeout(HANDSHAKE_TIMEOUT, shake_hands(fd, identity)).await??;
+            let _ = callers.send(Caller::Driver { session: Box::new(session), pid: None });
+            Ok(())
+        }
+        _ => Err(io::Error::new(io::ErrorKind::InvalidData, "unknown kind of caller")),
+    }
+}
+
+/// TLS and hello with a driver on another host.
+async fn shake_hands(fd: OwnedFd, identity: &TlsIdentity) -> io::Result<Session> {
+    let socket = std::net::TcpStream::from(fd);
+    socket.set_nonblocking(true)?;
+    socket.set_nodelay(true)?;
+    let acceptor = TlsAcceptor::from(identity.server_config());
+    let mut stream = acceptor.accept(TcpStream::from_std(socket)?).await?;
+    let hello = Hello::of_this_build(Purpose::Step).encode();
+    framing::write_frame(&mut stream, &hello, MAX_HELLO).await.map_err(io::Error::other)?;
+    let theirs = framing::read_frame(&mut stream, MAX_HELLO).await.map_err(io::Error::other)?;
+    let theirs = Hello::decode(&theirs).map_err(io::Error::other)?;
+    theirs.agree().map_err(io::Error::other)?;
+    if theirs.purpose != Purpose::Step {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "not a step session"));
+    }
+    stream.flush().await?;
+    let (socket, tls) = stream.into_inner();
+    Session::remote(socket.into_std()?, tls)
+}
+
+async fn daemon(stream: UnixStream, id: u64, callers: &mpsc::UnboundedSender<Caller>) {
+    let (outbox, mut messages) = mpsc::unbounded_channel();
+    if callers.send(Caller::Daemon { id, outbox }).is_err() {
+        return;
+    }
+    let (read, mut write) = stream.into_split();
+    let mut frames = framing::FrameReader::new(read, MAX_LOCAL_MESSAGE);
+    loop {
+        tokio::select! {
+            message = messages.recv() => {
+                let Some(message) = message else { return };
+                let last = matches!(message, FromKeeper::Ended { .. });
+                if framing::write_frame(&mut write, &codec::encode(&message), MAX_LOCAL_MESSAGE).await.is_err() {
+                    break;
+                }
+                if last {
+                    return;
+                }
+            }
+            frame = frames.next() => {
+                let Some(message) = frame.ok().and_then(|frame| codec::decode(&frame).ok()) else { break };
+                if callers.send(Caller::Said { id, message }).is_err() {
+                    return;
+                }
+            }
+        }
+    }
+    let _ = callers.send(Caller::Gone { id });
+}
