@@ -7,13 +7,15 @@
 //! 3. [`framing`]: length-limited frames on any byte stream.
 //! 4. [`counters`]: what was refused or dropped, for `status` and metrics.
 //! 5. [`quic`]: endpoint and session, the first frame, limits on strangers.
-//! 6. [`tcp`]: the same identity over TCP; reading a session's name before it is handed over.
-//! 7. [`unix`]: local sockets, their owner, and descriptors passed over them.
-//! 8. [`interfaces`]: which address, which interface, whether something translates in between.
+//! 6. [`heartbeat`]: the thread that owns all QUIC traffic of a daemon.
+//! 7. [`tcp`]: the same identity over TCP; reading a session's name before it is handed over.
+//! 8. [`unix`]: local sockets, their owner, and descriptors passed over them.
+//! 9. [`interfaces`]: which address, which interface, whether something translates in between.
 #![deny(unsafe_code)] // allowed in `os` only
 
 pub mod counters;
 pub mod framing;
+pub mod heartbeat;
 pub mod identity;
 pub mod interfaces;
 pub mod quic;

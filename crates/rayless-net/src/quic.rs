@@ -344,7 +344,14 @@ impl Drop for Acceptor {
 
 async fn accept_all(endpoint: Endpoint, ready: mpsc::Sender<Session>) {
     let mut half_open = HalfOpen::new(MAX_HALF_OPEN, endpoint.counters.clone());
+    let mut pace = Pace::new();
     while let Some(incoming) = endpoint.inner.accept().await {
+        if !pace.allows(Instant::now()) {
+            // Not a word back; a true peer asks again.
+            incoming.ignore();
+            endpoint.counters.refuse(Refused::TooMany);
+            continue;
+        }
         if half_open.len() >= PROVE_ADDRESS_FROM && !incoming.remote_address_validated() && incoming.may_retry() {
             let _ = incoming.retry();
             continue;
@@ -358,17 +365,36 @@ async fn accept_all(endpoint: Endpoint, ready: mpsc::Sender<Session>) {
                     counters.accept();
                     let _ = ready.send(session).await;
                 }
-                Ok(Err((why, detail))) => {
-                    counters.refuse(why);
-                    tracing::warn!(%address, reason = ?why, "handshake refused: {detail}");
-                }
-                Err(_) => {
-                    counters.refuse(Refused::Unfinished);
-                    tracing::warn!(%address, "handshake not finished in time");
-                }
+                Ok(Err((why, detail))) => counters.report(why, address, &detail),
+                Err(_) => counters.report(Refused::Unfinished, address, "handshake not finished in time"),
             }
         });
         half_open.admit(task.abort_handle());
+    }
+}
+
+/// How many handshakes are begun. Each costs half a millisecond of cryptography, here with real-time priority, and strangers
+/// must not be able to buy all of it.
+struct Pace {
+    left: f64,
+    counted: Instant,
+}
+
+impl Pace {
+    const PER_SECOND: f64 = 500.0;
+    const AT_ONCE: f64 = 250.0;
+
+    fn new() -> Self {
+        Self { left: Self::AT_ONCE, counted: Instant::now() }
+    }
+
+    fn allows(&mut self, now: Instant) -> bool {
+        let elapsed = now.saturating_duration_since(self.counted).as_secs_f64();
+        self.counted = now;
+        self.left = (self.left + elapsed * Self::PER_SECOND).min(Self::AT_ONCE);
+        let allowed = self.left >= 1.0;
+        self.left -= f64::from(u8::from(allowed));
+        allowed
     }
 }
 
@@ -472,6 +498,13 @@ pub struct Sender {
 }
 
 impl Sender {
+    /// Says that nothing more comes, and waits (a second at most) until all that was sent has arrived.
+    pub async fn finish(&mut self) {
+        if self.stream.finish().is_ok() {
+            let _ = timeout(Duration::from_secs(1), self.stream.stopped()).await;
+        }
+    }
+
     /// Sends one message; waits while the peer does not read. Not to be dropped half-way.
     ///
     /// # Errors
@@ -504,7 +537,13 @@ impl Receiver {
                 self.link.close(CloseCode::Malformed, &error.to_string());
                 Err(CloseCause::Violation(error.to_string()))
             }
-            Err(error) => Err(self.link.cause_or(error)),
+            Err(error) => {
+                // The end of the stream may be here before the reason for it.
+                if self.link.close_cause().is_none() && matches!(error, FrameError::Closed) {
+                    let _ = timeout(Duration::from_secs(1), self.link.closed()).await;
+                }
+                Err(self.link.cause_or(error))
+            }
         }
     }
 }

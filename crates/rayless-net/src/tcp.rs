@@ -317,17 +317,12 @@ async fn take_callers(listener: TcpListener, counters: Arc<Counters>, ready: mps
                     let _ = ready.send(Arrival { stream, address, name }).await;
                 }
                 Ok(Err(PeekError::NotRayless)) => {
-                    counters.refuse(Refused::NotRayless);
-                    tracing::warn!(%address, "not a rayless session, dropped");
+                    counters.report(Refused::NotRayless, address, "not a rayless session");
                 }
                 Ok(Err(PeekError::Io(error))) => {
-                    counters.refuse(Refused::Unfinished);
-                    tracing::debug!(%address, "caller gone: {error}");
+                    counters.report(Refused::Unfinished, address, &format!("caller gone: {error}"));
                 }
-                Err(_) => {
-                    counters.refuse(Refused::Unfinished);
-                    tracing::warn!(%address, "caller did not say whom it wants, dropped");
-                }
+                Err(_) => counters.report(Refused::Unfinished, address, "caller did not say whom it wants"),
             }
         });
         half_open.admit(task.abort_handle());
