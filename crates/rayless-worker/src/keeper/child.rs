@@ -19,6 +19,7 @@ use std::{
     path::Path,
     process::{Child, ChildStderr, ChildStdout, Command, Stdio},
 };
+use tokio::io::{Interest, unix::AsyncFd};
 
 /// A worker just started.
 pub(super) struct Started {
@@ -79,6 +80,12 @@ pub(super) fn start(
     let pid = Pid::from_child(&process);
     let pidfd = pidfd_open(pid, PidfdFlags::NONBLOCK)?;
     Ok(Started { process, pidfd, stdout, stderr, control })
+}
+
+/// A pidfd in the runtime: readable once the process ended.
+pub(super) fn watch(pidfd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an `OwnedFd` names the same open descriptor for as long as it lives, which is what is asked for; it lives in the `AsyncFd`.
+    Ok(unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }?)
 }
 
 /// The driver's environment, then its words for that rank, then the node's, then what names the rank.

@@ -35,7 +35,7 @@ use std::{
     time::{Duration, Instant},
 };
 use tokio::{
-    io::{AsyncReadExt, Interest, unix::AsyncFd},
+    io::{AsyncReadExt, unix::AsyncFd},
     net::UnixListener,
     signal::unix::{SignalKind, signal},
     sync::mpsc,
@@ -245,7 +245,7 @@ impl Group {
         let Ok(fd) = pidfd_open(process, PidfdFlags::NONBLOCK) else { return };
         let events = self.events.clone();
         spawn_local(async move {
-            if let Ok(fd) = AsyncFd::register_with_interest(fd, Interest::READABLE) {
+            if let Ok(fd) = child::watch(fd) {
                 let _ = fd.readable().await;
                 let _ = events.send(Event::DriverEnded(pid));
             }
@@ -348,7 +348,7 @@ impl Group {
         let rank = self.config.ranks[index].rank;
         let started = child::start(&self.config, index, launch, directory, self.ring_fd.as_fd(), self.replies.as_fd())?;
         let log = Rc::new(RefCell::new(RankLog::open(&self.log_dir, rank, self.log.clone())));
-        let pidfd = Rc::new(AsyncFd::register_with_interest(started.pidfd, Interest::READABLE)?);
+        let pidfd = Rc::new(child::watch(started.pidfd)?);
         let pipes = [
             Rc::new(Pipe::new(OwnedFd::from(started.stdout), Rc::clone(&log), false)?),
             Rc::new(Pipe::new(OwnedFd::from(started.stderr), Rc::clone(&log), true)?),
