@@ -22,6 +22,7 @@ pub mod member;
 pub mod placement;
 pub mod pool;
 
+pub use head::Head;
 pub use member::Member;
 
 /// One connection of a node to the head, numbered by whoever owns the sockets: never used twice in the life of a process.

@@ -47,6 +47,7 @@ pub enum DialError {
 }
 
 /// What happened.
+#[allow(clippy::large_enum_variant, reason = "each is moved once, into the member")]
 #[derive(Debug, Clone, PartialEq)]
 pub enum Input {
     /// The dial of this session is through, hello exchanged, peer authenticated.
@@ -68,6 +69,7 @@ pub enum Input {
 }
 
 /// What is to be done, in this order.
+#[allow(clippy::large_enum_variant, reason = "each is moved once, out of the member")]
 #[derive(Debug, Clone, PartialEq)]
 pub enum Effect {
     /// Dial the head; answered with `Connected` or `DialFailed` unless closed before.

@@ -16,13 +16,27 @@ use std::cmp::Reverse;
 /// Site (index into `sites`) and share of each bundle, in order of bundle.
 pub type Placed = Vec<(usize, Allocation)>;
 
-/// Places all bundles, or none: `None`. The order of `sites` breaks ties.
-pub fn place(sites: &[Pool], bundles: &[Resources], strategy: Strategy, first: Option<usize>) -> Option<Placed> {
+/// Places all bundles, at most `most` on a site, or none: `None`. The order of `sites` breaks ties.
+pub fn place(
+    sites: &[&Pool],
+    bundles: &[Resources],
+    strategy: Strategy,
+    first: Option<usize>,
+    most: usize,
+) -> Option<Placed> {
     let bundle = bundles.first()?;
     if bundles.iter().all(|b| b == bundle) {
-        let counts = count_equal(sites, bundle, bundles.len(), strategy, first)?;
+        let counts = count_equal(sites, bundle, bundles.len(), strategy, first, most)?;
         return take_counts(sites, bundle, &counts);
     }
+    let placed = place_different(sites, bundles, strategy, first)?;
+    let mut counts = vec![0usize; sites.len()];
+    placed.iter().for_each(|(site, _)| counts[*site] += 1);
+    counts.iter().all(|c| *c <= most).then_some(placed)
+}
+
+fn place_different(sites: &[&Pool], bundles: &[Resources], strategy: Strategy, first: Option<usize>) -> Option<Placed> {
+    let bundle = bundles.first()?;
     let pinned = first.filter(|&site| sites.get(site).is_some_and(|pool| pool.capacity(bundle, 1) > 0));
     match strategy {
         Strategy::StrictPack => strict_pack(sites, bundles, first),
@@ -44,21 +58,22 @@ pub fn place(sites: &[Pool], bundles: &[Resources], strategy: Strategy, first: O
 }
 
 /// Carves bundles out of sites in the order given: as they come, else large ones first.
-pub fn carve(sites: &[Pool], bundles: &[Resources]) -> Option<Placed> {
+pub fn carve(sites: &[&Pool], bundles: &[Resources]) -> Option<Placed> {
     let order: Vec<usize> = (0..sites.len()).collect();
     in_rank_order(sites, bundles, &order).or_else(|| large_first(sites, bundles, &order, None, Preference::Order))
 }
 
 /// Sites and how many bundles each gets, in order of rank.
 fn count_equal(
-    sites: &[Pool],
+    sites: &[&Pool],
     bundle: &Resources,
     count: usize,
     strategy: Strategy,
     first: Option<usize>,
+    most: usize,
 ) -> Option<Vec<(usize, usize)>> {
     // Not capped at `count`: the best fit is the site with the least to spare.
-    let capacities: Vec<usize> = sites.iter().map(|pool| pool.capacity(bundle, 1 << 20)).collect();
+    let capacities: Vec<usize> = sites.iter().map(|pool| pool.capacity(bundle, most)).collect();
     let first = first.filter(|&site| capacities.get(site).is_some_and(|&c| c > 0));
     let smallest_for = |rest: usize, used: &[(usize, usize)]| {
         let fitting = (0..sites.len()).filter(|&s| capacities[s] >= rest && !used.iter().any(|u| u.0 == s));
@@ -88,13 +103,13 @@ fn count_equal(
         Strategy::Spread | Strategy::StrictSpread => {
             let mut order: Vec<usize> = (0..sites.len()).filter(|&s| capacities[s] > 0).collect();
             order.sort_by_key(|&s| (first != Some(s), Reverse(capacities[s]), s));
-            let most = if strategy == Strategy::Spread { count } else { 1 };
+            let share = if strategy == Strategy::Spread { count } else { 1 };
             let mut counts: Vec<(usize, usize)> = order.iter().map(|&s| (s, 0)).collect();
             let mut rest = count;
             while rest > 0 {
                 let before = rest;
                 for (site, taken) in &mut counts {
-                    if rest > 0 && *taken < capacities[*site].min(most) {
+                    if rest > 0 && *taken < capacities[*site].min(share) {
                         *taken += 1;
                         rest -= 1;
                     }
@@ -108,7 +123,7 @@ fn count_equal(
     }
 }
 
-fn take_counts(sites: &[Pool], bundle: &Resources, counts: &[(usize, usize)]) -> Option<Placed> {
+fn take_counts(sites: &[&Pool], bundle: &Resources, counts: &[(usize, usize)]) -> Option<Placed> {
     let mut placed = Vec::new();
     for &(site, count) in counts {
         let mut pool = sites[site].clone();
@@ -127,14 +142,14 @@ fn weight(bundle: &Resources) -> (u64, u64, u64, u64) {
 }
 
 /// The first site, then those with the most free.
-fn by_free(sites: &[Pool], first: Option<usize>) -> Vec<usize> {
+fn by_free(sites: &[&Pool], first: Option<usize>) -> Vec<usize> {
     let mut order: Vec<usize> = (0..sites.len()).collect();
     order.sort_by_key(|&s| (first != Some(s), Reverse(weight(&sites[s].available())), s));
     order
 }
 
 /// Fills site after site in rank order, never going back: contiguous ranks.
-fn in_rank_order(sites: &[Pool], bundles: &[Resources], order: &[usize]) -> Option<Placed> {
+fn in_rank_order(sites: &[&Pool], bundles: &[Resources], order: &[usize]) -> Option<Placed> {
     let mut order = order.iter();
     let mut site = *order.next()?;
     let mut pool = sites[site].clone();
@@ -162,13 +177,13 @@ enum Preference {
 
 /// Large bundles first, each where it fits by `preference`; bundle 0 before all others on `pinned`, if given.
 fn large_first(
-    sites: &[Pool],
+    sites: &[&Pool],
     bundles: &[Resources],
     order: &[usize],
     pinned: Option<usize>,
     preference: Preference,
 ) -> Option<Placed> {
-    let mut pools = sites.to_vec();
+    let mut pools: Vec<Pool> = sites.iter().map(|p| (*p).clone()).collect();
     let mut counts = vec![0usize; sites.len()];
     let mut placed: Vec<Option<(usize, Allocation)>> = vec![None; bundles.len()];
     let mut queue: Vec<usize> = (0..bundles.len()).collect();
@@ -192,14 +207,14 @@ fn large_first(
 }
 
 /// All on one site: the first, else the fullest on which they fit.
-fn strict_pack(sites: &[Pool], bundles: &[Resources], first: Option<usize>) -> Option<Placed> {
+fn strict_pack(sites: &[&Pool], bundles: &[Resources], first: Option<usize>) -> Option<Placed> {
     let mut order: Vec<usize> = (0..sites.len()).collect();
     order.sort_by_key(|&s| (first != Some(s), weight(&sites[s].available()), s));
     order.into_iter().find_map(|site| large_first(sites, bundles, &[site], None, Preference::Order))
 }
 
 /// Each on a site of its own: a matching of bundles to sites (augmenting paths), exact.
-fn strict_spread(sites: &[Pool], bundles: &[Resources], pinned: Option<usize>) -> Option<Placed> {
+fn strict_spread(sites: &[&Pool], bundles: &[Resources], pinned: Option<usize>) -> Option<Placed> {
     let fits = |bundle: usize, site: usize| {
         (bundle != 0 || pinned.is_none_or(|p| p == site)) && sites[site].capacity(&bundles[bundle], 1) > 0
     };
@@ -249,7 +264,7 @@ fn strict_spread(sites: &[Pool], bundles: &[Resources], pinned: Option<usize>) -
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use rayless_proto::resources::Quantity;
+    use rayless_proto::resources::{Quantity, Strategy};
 
     fn gpus(value: f64) -> Resources {
         Resources::new().with(GPU, Quantity::from_f64(value).unwrap())
@@ -257,6 +272,10 @@ mod tests {
     fn nodes(gpu_counts: &[u32]) -> Vec<Pool> {
         let pool = |&n: &u32| Pool::of_node(&Resources::new().with(GPU, Quantity::whole(n.into())), 0..n);
         gpu_counts.iter().map(pool).collect()
+    }
+    fn place(pools: &[Pool], bundles: &[Resources], strategy: Strategy, first: Option<usize>) -> Option<Placed> {
+        let pools: Vec<&Pool> = pools.iter().collect();
+        super::place(&pools, bundles, strategy, first, usize::MAX)
     }
     fn sites(placed: Option<Placed>) -> Vec<usize> {
         placed.unwrap().into_iter().map(|p| p.0).collect()
@@ -285,6 +304,15 @@ mod tests {
     fn spread_uses_the_most_and_keeps_ranks_together() {
         assert_eq!(sites(place(&nodes(&[8, 1, 8]), &vec![gpus(1.0); 5], Strategy::Spread, Some(0))), [0, 0, 2, 2, 1]);
         assert_eq!(place(&nodes(&[1, 1]), &vec![gpus(1.0); 3], Strategy::Spread, None), None);
+    }
+
+    #[test]
+    fn a_site_takes_no_more_than_it_may() {
+        let pools = nodes(&[8, 8]);
+        let pools: Vec<&Pool> = pools.iter().collect();
+        let placed = super::place(&pools, &vec![gpus(0.5); 6], Strategy::Pack, Some(1), 4);
+        assert_eq!(sites(placed), [1, 1, 1, 1, 0, 0]);
+        assert_eq!(super::place(&pools, &vec![gpus(0.5); 6], Strategy::Pack, None, 2), None);
     }
 
     #[test]
@@ -363,7 +391,7 @@ mod tests {
         ) {
             let mut pools = nodes(&counts);
             let bundles: Vec<Resources> = tenths.iter().map(|t| gpus(f64::from(*t) / 10.0)).collect();
-            let in_order = carve(&pools, &bundles).is_some();
+            let in_order = carve(&pools.iter().collect::<Vec<_>>(), &bundles).is_some();
             let placed = place(&pools, &bundles, strategy, Some(0));
             if strategy == Strategy::Pack || strategy == Strategy::Spread {
                 prop_assert!(placed.is_some() || !in_order);

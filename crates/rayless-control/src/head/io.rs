@@ -1,4 +1,4 @@
-//! What goes into a [`Head`](crate::head) and what comes out.
+//! What goes into a [`Head`](super::Head) and what comes out.
 
 use crate::{SessionId, liveness::Transition};
 use rayless_proto::{
@@ -21,12 +21,13 @@ pub struct HeadConfig {
     pub seed: u64,
     /// `--dead-after`, told to every node.
     pub dead_after: Duration,
-    /// Wall clock at the `now` of [`Head::new`](crate::head), in microseconds since the Unix epoch. Read once: events keep
+    /// Wall clock at the `now` of [`Head::new`](super::Head::new), in microseconds since the Unix epoch. Read once: events keep
     /// their order and distance even if somebody sets the clock.
     pub unix_us: u64,
 }
 
 /// What happened.
+#[allow(clippy::large_enum_variant, reason = "each is moved once, into the head")]
 #[derive(Debug, Clone, PartialEq)]
 pub enum Input {
     /// An authenticated node opened a control session.
@@ -59,7 +60,7 @@ pub enum Input {
         /// How.
         transition: Transition,
     },
-    /// A heartbeat came. For `status` only: enough to hand in the last one of each node before [`Head::status`](crate::head) or
+    /// A heartbeat came. For `status` only: enough to hand in the last one of each node before [`Head::status`](super::Head::status) or
     /// a `ToHead::Status`.
     Heard {
         /// From this node,
@@ -78,11 +79,12 @@ pub enum Input {
         /// One line.
         cause: String,
     },
-    /// [`Head::next_timeout`](crate::head) has come.
+    /// [`Head::next_timeout`](super::Head::next_timeout) has come.
     Timer,
 }
 
 /// What is to be done, in this order.
+#[allow(clippy::large_enum_variant, reason = "each is moved once, out of the head")]
 #[derive(Debug, Clone, PartialEq)]
 pub enum Effect {
     /// Send on this session. It may be gone already: then the message is lost, and the node's next join repairs it.

@@ -1,0 +1,231 @@
+//! What a joining node still holds, against the head's books.
+//!
+//! The node is right about what it holds, the head about what is over. So: what the node no longer holds is free (and its
+//! group failed, unless the start was merely lost: then it is told to start again); what it holds of a group that is over is
+//! stopped; what the head never heard of is adopted. Nothing is ever started that is held already.
+
+use super::{
+    Head,
+    model::{Bundle, Group, Keeper, Part, Phase, PlacementGroup},
+};
+use crate::pool::Pool;
+use rayless_proto::{
+    ids::{GroupId, NodeId, PlacementGroupId},
+    v1::control::{HeldGroup, HeldPlacementGroup, ToNode, WorkerState},
+};
+use std::{
+    collections::{BTreeMap, btree_map::Entry},
+    time::Instant,
+};
+
+impl Head {
+    pub(super) fn compare_books(
+        &mut self,
+        node: NodeId,
+        reborn: bool,
+        held: &[HeldGroup],
+        held_bundles: &[HeldPlacementGroup],
+        now: Instant,
+    ) {
+        let start_again = self.drop_parts_not_held(node, held, now);
+        self.rebuild_pool(node, !reborn, now);
+        self.adopt_bundles(node, held_bundles, now);
+        for group in held {
+            self.adopt_group(node, reborn, group, now);
+        }
+        for id in start_again {
+            if self.groups.get(&id).is_some_and(|g| g.phase == Phase::Placing) {
+                self.send_start(id, node, now);
+            }
+        }
+        for group in held {
+            self.check_running(group.group, now);
+        }
+    }
+
+    /// Frees the parts that the node no longer holds. Returns those whose start was lost on the way.
+    fn drop_parts_not_held(&mut self, node: NodeId, held: &[HeldGroup], now: Instant) -> Vec<GroupId> {
+        let missing: Vec<(GroupId, Keeper, Phase)> = self
+            .groups
+            .iter()
+            .filter(|(id, _)| !held.iter().any(|h| h.group == **id))
+            .filter_map(|(id, g)| g.parts.get(&node).map(|p| (*id, p.keeper, g.phase)))
+            .collect();
+        let cause = format!("node {} came back without its part of the group", self.node_name(node));
+        let mut start_again = Vec::new();
+        for (id, keeper, phase) in missing {
+            match keeper {
+                Keeper::Gone => {}
+                Keeper::Starting if phase == Phase::Placing => start_again.push(id),
+                Keeper::Stopping => self.release_part(id, node),
+                Keeper::Starting | Keeper::Up => {
+                    self.release_part(id, node);
+                    self.end_group(id, Phase::Failed, &cause, now);
+                }
+            }
+        }
+        start_again
+    }
+
+    /// Takes what the books say out of a fresh pool of what the node has now. What no longer fits fails.
+    pub(super) fn rebuild_pool(&mut self, id: NodeId, keep_draining: bool, now: Instant) {
+        let Some(node) = self.nodes.get_mut(&id) else { return };
+        let mut pool = Pool::of_node(&node.info.resources, node.info.gpus.iter().map(|g| g.index));
+        if keep_draining {
+            for device in node.pool.devices().iter().filter(|d| d.draining) {
+                pool.set_draining(device.index, true);
+            }
+        }
+        let mut broken_bundles = Vec::new();
+        for (pg, group) in &self.placement_groups {
+            for (index, bundle) in group.bundles.iter().filter(|(_, b)| b.node == id) {
+                if !pool.take_exactly(&bundle.allocation) {
+                    broken_bundles.push((*pg, *index));
+                }
+            }
+        }
+        let mut broken_groups = Vec::new();
+        for (group_id, group) in &mut self.groups {
+            let Some(part) = group.parts.get_mut(&id).filter(|p| p.counted) else { continue };
+            let own: Vec<_> = part.ranks.iter().filter(|r| r.placement_group.is_none()).collect();
+            let mut trial = pool.clone();
+            if own.iter().all(|r| trial.take_exactly(&r.allocation)) {
+                pool = trial;
+            } else {
+                broken_groups.push(*group_id);
+            }
+        }
+        node.pool = pool;
+        let name = node.info.name.clone();
+        let cause = format!("node {name} no longer has what was given out there");
+        for group in broken_groups {
+            self.discount(group, id);
+            self.end_group(group, Phase::Failed, &cause, now);
+        }
+        for (pg, index) in broken_bundles {
+            self.drop_bundle(pg, index, &cause, now);
+        }
+    }
+
+    /// Takes a part out of the books, giving back only what it took from placement groups: the node's own pool is fresh.
+    fn discount(&mut self, group: GroupId, node: NodeId) {
+        let Some(part) = self.groups.get_mut(&group).and_then(|g| g.parts.get_mut(&node)) else { return };
+        part.counted = false;
+        let carved: Vec<_> = part.ranks.iter().filter(|r| r.placement_group.is_some()).cloned().collect();
+        self.give_ranks(node, &carved);
+    }
+
+    fn adopt_bundles(&mut self, node: NodeId, held: &[HeldPlacementGroup], now: Instant) {
+        for h in held {
+            if self.buried_bundles.contains(&h.id) {
+                self.send(node, ToNode::DropPlacementGroup(h.id));
+                continue;
+            }
+            if let Entry::Vacant(unknown) = self.placement_groups.entry(h.id) {
+                unknown.insert(PlacementGroup {
+                    name: h.name.clone(),
+                    strategy: h.strategy,
+                    bundle_count: h.bundle_count,
+                    bundles: BTreeMap::new(),
+                    requester: None,
+                    removing: false,
+                });
+                self.note("placement-group-adopted", format!("placement group {} is still held", h.name), now);
+            }
+            for (index, allocation) in &h.bundles {
+                let Some(group) = self.placement_groups.get_mut(&h.id) else { continue };
+                match group.bundles.get(index) {
+                    Some(known) if known.node == node && known.allocation == *allocation => {}
+                    // Two nodes, or two shares, for one bundle: the books were there first.
+                    Some(_) => {}
+                    None => {
+                        let taken = self.nodes.get_mut(&node).is_some_and(|n| n.pool.take_exactly(allocation));
+                        if taken {
+                            group.bundles.insert(*index, Bundle::new(node, allocation.clone()));
+                        }
+                    }
+                }
+            }
+        }
+        let untold: Vec<PlacementGroupId> = self
+            .placement_groups
+            .iter()
+            .filter(|(id, p)| p.bundles.values().any(|b| b.node == node) && !held.iter().any(|h| h.id == **id))
+            .map(|(id, _)| *id)
+            .collect();
+        for id in untold {
+            self.send_hold(id, node);
+        }
+    }
+
+    fn adopt_group(&mut self, node: NodeId, reborn: bool, held: &HeldGroup, now: Instant) {
+        let id = held.group;
+        if !self.groups.contains_key(&id) {
+            let over = self.buried_groups.contains(&id);
+            let adopted = Group {
+                name: held.name.clone(),
+                world_size: held.world_size,
+                driver_node: held.driver_node,
+                driver_pid: 0,
+                phase: if over { Phase::Failed } else { Phase::Placed },
+                cause: if over { "it ended while this node was away".into() } else { String::new() },
+                requester: None,
+                parts: BTreeMap::new(),
+                ended: over.then_some(now),
+            };
+            let title = adopted.title(id);
+            self.groups.insert(id, adopted);
+            if !over {
+                self.note("group-adopted", format!("group {title} still runs: adopted"), now);
+            }
+        }
+        let consistent = self.take_part(node, held, now);
+        let Some(phase) = self.groups.get(&id).map(|g| g.phase) else { return };
+        if phase.is_over() {
+            self.stop_part(id, node, now);
+        } else if !consistent {
+            let name = self.node_name(node);
+            let cause = format!("what node {name} still held for the group had been given to others");
+            self.end_group(id, Phase::Failed, &cause, now);
+        } else if phase == Phase::Lost && reborn {
+            // Only its daemon was down: the group itself has run all the time.
+            self.revive(id, now);
+        } else if phase == Phase::Lost {
+            let cause = self.groups.get(&id).map(|g| g.cause.clone()).unwrap_or_default();
+            self.end_group(id, Phase::Failed, &cause, now);
+        }
+        self.dirty = true;
+    }
+
+    /// Enters into the books what the node holds of a group. `false` where that was not free.
+    fn take_part(&mut self, node: NodeId, held: &HeldGroup, now: Instant) -> bool {
+        let id = held.group;
+        let Some(group) = self.groups.get_mut(&id) else { return true };
+        let known = group.parts.get(&node);
+        let same = known.is_some_and(|p| p.counted && p.keeper != Keeper::Gone && p.ranks == held.ranks);
+        let keeper = known.map_or(Keeper::Up, |p| if p.keeper == Keeper::Gone { Keeper::Up } else { p.keeper });
+        if !same {
+            self.release_part(id, node);
+            let counted = self.take_ranks(node, &held.ranks);
+            let mut part = Part::new(held.ranks.clone(), keeper, now);
+            part.counted = counted;
+            if let Some(group) = self.groups.get_mut(&id) {
+                group.parts.insert(node, part);
+            }
+        }
+        let Some(part) = self.groups.get_mut(&id).and_then(|g| g.parts.get_mut(&node)) else { return true };
+        for at in 0..part.ranks.len() {
+            part.pids[at] = held.pids.get(at).copied().unwrap_or(0);
+            part.states[at] = held.states.get(at).copied().unwrap_or(WorkerState::Starting);
+        }
+        part.counted
+    }
+
+    fn revive(&mut self, id: GroupId, now: Instant) {
+        let Some(group) = self.groups.get_mut(&id) else { return };
+        group.phase = Phase::Placed;
+        group.cause.clear();
+        let title = group.title(id);
+        self.note("group-found", format!("group {title} still runs: only its node's daemon was down"), now);
+    }
+}

@@ -1,0 +1,430 @@
+//! The life of a group: keepers told to start, all up, driver told, running, ended, reaped.
+//!
+//! Until the driver is told (`Phase::Placing`) the head decides: any fault fails the group. From then on the sessions between
+//! driver and keepers decide, and the head learns the end from the first `GroupEnded`: it tells the other nodes to stop theirs,
+//! all with that one cause.
+
+use super::{
+    Head,
+    model::{Group, Keeper, Part, Phase, Requester, StopWait},
+};
+use rayless_proto::{
+    ids::{GroupId, NodeId, PlacementGroupId, Rank},
+    limits::{KEEPER_START_TIMEOUT, MAX_ENDED_GROUPS, REAP_TIMEOUT, STOP_REPEAT_PERIOD},
+    resources::Allocation,
+    v1::control::{GroupSpec, PlacedNode, Placement, RankAllocation, Refusal, RefusalKind, ToNode, WorkerState},
+};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::{Duration, Instant},
+};
+
+/// Where a rank goes: its node, its share, and the bundle that it is carved from.
+pub(super) type Seat = (NodeId, Allocation, Option<(PlacementGroupId, u32)>);
+
+impl Head {
+    /// Takes the seats and tells their nodes to start. The seats were found free just now.
+    pub(super) fn start_group(&mut self, requester: Requester, spec: &GroupSpec, seats: Vec<Seat>, now: Instant) {
+        let id = loop {
+            let id = GroupId(self.draw());
+            if !self.groups.contains_key(&id) {
+                break id;
+            }
+        };
+        let mut ranks: BTreeMap<NodeId, Vec<RankAllocation>> = BTreeMap::new();
+        for (rank, (node, allocation, placement_group)) in (0..).zip(seats) {
+            ranks.entry(node).or_default().push(RankAllocation { rank, allocation, placement_group });
+        }
+        let mut group = Group {
+            name: spec.name.clone(),
+            world_size: u32::try_from(spec.bundles.len()).unwrap_or(u32::MAX),
+            driver_node: spec.driver_node,
+            driver_pid: spec.driver_pid,
+            phase: Phase::Placing,
+            cause: String::new(),
+            requester: Some(requester),
+            parts: BTreeMap::new(),
+            ended: None,
+        };
+        for (node, ranks) in ranks {
+            let mut part = Part::new(ranks, Keeper::Starting, now);
+            part.counted = self.take_ranks(node, &part.ranks);
+            group.parts.insert(node, part);
+        }
+        let nodes: Vec<NodeId> = group.parts.keys().copied().collect();
+        let names: Vec<String> = nodes.iter().map(|n| self.node_name(*n)).collect();
+        let line = format!("group {} of {} ranks goes to {}", group.title(id), group.world_size, names.join(", "));
+        self.groups.insert(id, group);
+        self.note("group-starting", line, now);
+        for node in nodes {
+            self.send_start(id, node, now);
+        }
+        self.dirty = true;
+    }
+
+    /// Tells a node to start its part, (again) from now on the clock.
+    pub(super) fn send_start(&mut self, id: GroupId, node: NodeId, now: Instant) {
+        let Some(group) = self.groups.get_mut(&id) else { return };
+        let Some(part) = group.parts.get_mut(&node) else { return };
+        part.told = now;
+        let message = ToNode::StartKeeper {
+            group: id,
+            name: group.name.clone(),
+            world_size: group.world_size,
+            driver_node: group.driver_node,
+            ranks: part.ranks.clone(),
+        };
+        self.send(node, message);
+    }
+
+    /// Takes the ranks' shares out of the node's pool or their bundles'; all of them or none.
+    pub(super) fn take_ranks(&mut self, node: NodeId, ranks: &[RankAllocation]) -> bool {
+        for (done, rank) in ranks.iter().enumerate() {
+            let taken = match rank.placement_group {
+                None => self.nodes.get_mut(&node).is_some_and(|n| n.pool.take_exactly(&rank.allocation)),
+                Some((id, index)) => {
+                    let bundle = self.placement_groups.get_mut(&id).and_then(|p| p.bundles.get_mut(&index));
+                    bundle.is_some_and(|b| b.node == node && b.pool.take_exactly(&rank.allocation))
+                }
+            };
+            if !taken {
+                self.give_ranks(node, &ranks[..done]);
+                return false;
+            }
+        }
+        true
+    }
+
+    pub(super) fn give_ranks(&mut self, node: NodeId, ranks: &[RankAllocation]) {
+        for rank in ranks {
+            match rank.placement_group {
+                None => {
+                    if let Some(node) = self.nodes.get_mut(&node) {
+                        node.pool.give(&rank.allocation);
+                    }
+                }
+                Some((id, index)) => {
+                    let bundle = self.placement_groups.get_mut(&id).and_then(|p| p.bundles.get_mut(&index));
+                    if let Some(bundle) = bundle.filter(|b| b.node == node) {
+                        bundle.pool.give(&rank.allocation);
+                    }
+                }
+            }
+        }
+        self.stirred = true;
+    }
+
+    /// A part is over: what it held is free (R2).
+    pub(super) fn release_part(&mut self, id: GroupId, node: NodeId) {
+        let Some(part) = self.groups.get_mut(&id).and_then(|g| g.parts.get_mut(&node)) else { return };
+        if part.keeper == Keeper::Gone {
+            return;
+        }
+        part.keeper = Keeper::Gone;
+        part.states.fill(WorkerState::Dead);
+        if std::mem::replace(&mut part.counted, false) {
+            let ranks = part.ranks.clone();
+            self.give_ranks(node, &ranks);
+        }
+        self.dirty = true;
+        self.settle_placement_groups();
+    }
+
+    pub(super) fn on_keeper_ready(&mut self, node: NodeId, id: GroupId, now: Instant) {
+        let Some(part) = self.groups.get_mut(&id).and_then(|g| g.parts.get_mut(&node)) else {
+            let cause = "the head does not know this group".to_owned();
+            self.send(node, ToNode::StopKeeper { group: id, cause });
+            return;
+        };
+        match part.keeper {
+            Keeper::Starting => {
+                part.keeper = Keeper::Up;
+                self.dirty = true;
+                self.tell_driver_when_all_up(id, now);
+            }
+            // It was told to stop after it was told to start, or will be told again.
+            Keeper::Up | Keeper::Stopping => {}
+            Keeper::Gone => {
+                let cause = self.groups.get(&id).map(|g| g.cause.clone()).unwrap_or_default();
+                self.send(node, ToNode::StopKeeper { group: id, cause });
+            }
+        }
+    }
+
+    pub(super) fn tell_driver_when_all_up(&mut self, id: GroupId, now: Instant) {
+        let Some(group) = self.groups.get_mut(&id) else { return };
+        if group.phase != Phase::Placing || !group.parts.values().all(|p| p.keeper == Keeper::Up) {
+            return;
+        }
+        group.phase = Phase::Placed;
+        self.dirty = true;
+        let title = group.title(id);
+        self.note("group-placed", format!("group {title} is placed"), now);
+        self.send_placed(id);
+    }
+
+    /// Tells whoever asked that the group is placed; also again, if it asks again.
+    pub(super) fn send_placed(&mut self, id: GroupId) {
+        let Some(group) = self.groups.get(&id) else { return };
+        let Some(requester) = group.requester else { return };
+        let mut placements: Vec<Placement> = Vec::new();
+        let mut nodes = Vec::new();
+        for (node_id, part) in &group.parts {
+            let Some(node) = self.nodes.get(node_id) else { continue };
+            nodes.push(PlacedNode {
+                id: *node_id,
+                name: node.info.name.clone(),
+                address: node.info.address.clone(),
+                port: node.info.port,
+                host_id: node.info.host_id.clone(),
+                node_env: node.info.node_env.clone(),
+                versions: node.info.versions.clone(),
+            });
+            for (local_rank, rank) in (0..).zip(&part.ranks) {
+                let uuid = |index| node.info.gpus.iter().find(|g| g.index == index).map(|g| g.uuid.clone());
+                placements.push(Placement {
+                    rank: rank.rank,
+                    local_rank,
+                    node: *node_id,
+                    allocation: rank.allocation.clone(),
+                    gpu_uuids: rank.allocation.gpus.iter().filter_map(|g| uuid(g.index)).collect(),
+                });
+            }
+        }
+        placements.sort_by_key(|p| p.rank);
+        let message = ToNode::GroupPlaced { request: requester.request, group: id, placements, nodes };
+        self.reply(requester, message);
+    }
+
+    pub(super) fn on_worker_changed(
+        &mut self,
+        node: NodeId,
+        id: GroupId,
+        rank: Rank,
+        pid: u32,
+        state: WorkerState,
+        now: Instant,
+    ) {
+        let Some(group) = self.groups.get_mut(&id) else { return };
+        let Some(part) = group.parts.get_mut(&node).filter(|p| p.keeper != Keeper::Gone) else { return };
+        let Some(at) = part.ranks.iter().position(|r| r.rank == rank) else { return };
+        part.pids[at] = pid;
+        part.states[at] = state;
+        self.check_running(id, now);
+    }
+
+    pub(super) fn check_running(&mut self, id: GroupId, now: Instant) {
+        let Some(group) = self.groups.get_mut(&id).filter(|g| g.phase == Phase::Placed) else { return };
+        let states = group.parts.values().flat_map(|p| &p.states);
+        let able = states.filter(|s| matches!(s, WorkerState::Ready | WorkerState::Busy)).count();
+        if able == group.world_size as usize {
+            group.phase = Phase::Running;
+            let title = group.title(id);
+            self.dirty = true;
+            self.note("group-running", format!("group {title}: all workers are ready"), now);
+        }
+    }
+
+    pub(super) fn on_group_ended(&mut self, node: NodeId, id: GroupId, cause: &str, now: Instant) {
+        let Some(group) = self.groups.get(&id) else { return };
+        if !group.parts.contains_key(&node) {
+            return;
+        }
+        let (phase, name) = (group.phase, self.node_name(node));
+        self.release_part(id, node);
+        match phase {
+            Phase::Placing => {
+                let cause =
+                    if cause.is_empty() { format!("its keeper on {name} ended at once") } else { cause.to_owned() };
+                self.end_group(id, Phase::Failed, &cause, now);
+            }
+            Phase::Placed | Phase::Running | Phase::Lost if cause.is_empty() => {
+                self.end_group(id, Phase::Stopped, "", now);
+            }
+            Phase::Placed | Phase::Running | Phase::Lost => self.end_group(id, Phase::Failed, cause, now),
+            Phase::Failed | Phase::Stopped => self.prune_groups(),
+        }
+    }
+
+    /// Ends a group with one cause, everywhere. The first end counts; later ones change nothing.
+    pub(super) fn end_group(&mut self, id: GroupId, phase: Phase, cause: &str, now: Instant) {
+        let Some(group) = self.groups.get_mut(&id).filter(|g| !g.phase.is_over()) else { return };
+        let untold = group.phase == Phase::Placing;
+        group.phase = phase;
+        cause.clone_into(&mut group.cause);
+        group.ended = Some(now);
+        let (title, requester) = (group.title(id), group.requester);
+        let parts: Vec<NodeId> = group.parts.keys().copied().collect();
+        for node in parts {
+            self.stop_part(id, node, now);
+        }
+        if let Some(requester) = requester.filter(|_| untold) {
+            let cause = if cause.is_empty() { "the launch was stopped" } else { cause };
+            self.refuse(requester, RefusalKind::Failed, cause, "");
+        }
+        self.dirty = true;
+        match phase {
+            Phase::Failed => self.note("group-failed", format!("group {title} failed: {cause}"), now),
+            _ => self.note("group-stopped", format!("group {title} stopped"), now),
+        }
+        self.prune_groups();
+    }
+
+    /// Tells a node to end its part.
+    pub(super) fn stop_part(&mut self, id: GroupId, node: NodeId, now: Instant) {
+        let Some(group) = self.groups.get_mut(&id) else { return };
+        let cause = group.cause.clone();
+        let Some(part) = group.parts.get_mut(&node).filter(|p| p.keeper != Keeper::Gone) else { return };
+        part.keeper = Keeper::Stopping;
+        part.told = now;
+        self.send(node, ToNode::StopKeeper { group: id, cause });
+    }
+
+    pub(super) fn on_stop_group(&mut self, requester: Requester, group: Option<GroupId>, now: Instant) {
+        let groups: Vec<GroupId> = match group {
+            Some(id) if self.groups.contains_key(&id) => vec![id],
+            Some(id) if self.buried_groups.contains(&id) => {
+                return self.reply(requester, ToNode::Done { request: requester.request });
+            }
+            Some(id) => {
+                let hint = "`rayless status` lists the groups";
+                return self.refuse(requester, RefusalKind::Invalid, format!("there is no group {id}"), hint);
+            }
+            None => {
+                self.refuse_all_waiting("everything was stopped by `rayless stop --all`");
+                let all: Vec<_> = self.placement_groups.keys().copied().collect();
+                for id in all {
+                    self.begin_removal(id, now);
+                }
+                self.groups.keys().copied().collect()
+            }
+        };
+        for id in &groups {
+            self.end_group(*id, Phase::Stopped, "", now);
+        }
+        self.wait_for_end(requester, groups.into_iter().collect(), BTreeSet::new(), now);
+    }
+
+    pub(super) fn wait_for_end(
+        &mut self,
+        requester: Requester,
+        groups: BTreeSet<GroupId>,
+        placement_groups: BTreeSet<PlacementGroupId>,
+        now: Instant,
+    ) {
+        self.stops.retain(|s| s.requester != requester);
+        // Reaping has its own limit on the node; what a node says after that comes too late for this answer.
+        let until = now + REAP_TIMEOUT + Duration::from_secs(1);
+        self.stops.push(StopWait { requester, groups, placement_groups, until });
+    }
+
+    /// Answers those whose groups are reaped. Parts on dead nodes are not waited for.
+    pub(super) fn settle_stops(&mut self, now: Instant) {
+        if self.stops.is_empty() {
+            return;
+        }
+        let over = |id: &GroupId| {
+            self.groups.get(id).is_none_or(|g| {
+                g.parts.iter().all(|(n, p)| p.keeper == Keeper::Gone || self.nodes.get(n).is_none_or(|n| n.is_gone()))
+            })
+        };
+        let removed = |id: &PlacementGroupId| !self.placement_groups.contains_key(id);
+        let done =
+            |s: &StopWait| now >= s.until || (s.groups.iter().all(over) && s.placement_groups.iter().all(removed));
+        let (finished, rest): (Vec<StopWait>, Vec<StopWait>) = self.stops.iter().cloned().partition(|s| done(s));
+        self.stops = rest;
+        for stop in finished {
+            let request = stop.requester.request;
+            self.reply(stop.requester, ToNode::Done { request });
+        }
+    }
+
+    pub(super) fn on_cancel(&mut self, requester: Requester, now: Instant) {
+        let before = self.queue.len();
+        self.queue.retain(|w| w.requester != requester);
+        self.stirred |= self.queue.len() != before;
+        self.stops.retain(|s| s.requester != requester);
+        let group = self.groups.iter().find(|(_, g)| g.requester == Some(requester)).map(|(id, _)| *id);
+        if let Some(id) = group {
+            // Nobody is left to be told that it was refused.
+            if let Some(group) = self.groups.get_mut(&id) {
+                group.requester = None;
+            }
+            self.end_group(id, Phase::Stopped, "", now);
+        }
+        let bundles = self.placement_groups.iter().find(|(_, p)| p.requester == Some(requester)).map(|(id, _)| *id);
+        if let Some(id) = bundles {
+            self.begin_removal(id, now);
+        }
+    }
+
+    /// Keepers that did not come up in time, and stops that were not answered.
+    pub(super) fn check_deadlines(&mut self, now: Instant) {
+        let mut late = Vec::new();
+        let mut unanswered = Vec::new();
+        for (id, group) in &self.groups {
+            for (node, part) in &group.parts {
+                match part.keeper {
+                    Keeper::Starting if now >= part.told + KEEPER_START_TIMEOUT => late.push((*id, *node)),
+                    Keeper::Stopping if now >= part.told + STOP_REPEAT_PERIOD && self.is_connected(*node) => {
+                        unanswered.push((*id, *node));
+                    }
+                    _ => {}
+                }
+            }
+        }
+        for (id, node) in late {
+            let seconds = KEEPER_START_TIMEOUT.as_secs();
+            let cause = format!("node {} did not start its keeper within {seconds} s", self.node_name(node));
+            self.end_group(id, Phase::Failed, &cause, now);
+        }
+        for (id, node) in unanswered {
+            self.stop_part(id, node, now);
+        }
+    }
+
+    pub(super) fn next_part_deadline(&self) -> Option<Instant> {
+        let parts = self.groups.values().flat_map(|g| &g.parts);
+        let deadline = |(node, part): (&NodeId, &Part)| match part.keeper {
+            Keeper::Starting => Some(part.told + KEEPER_START_TIMEOUT),
+            // Without a session its next join settles it.
+            Keeper::Stopping => self.is_connected(*node).then(|| part.told + STOP_REPEAT_PERIOD),
+            Keeper::Up | Keeper::Gone => None,
+        };
+        parts.filter_map(deadline).min()
+    }
+
+    /// Forgets all but the last ended groups; of those with a part left somewhere, none.
+    pub(super) fn prune_groups(&mut self) {
+        let mut over: Vec<(Option<Instant>, GroupId)> = self
+            .groups
+            .iter()
+            .filter(|(_, g)| g.phase.is_over() && g.is_reaped())
+            .map(|(id, g)| (g.ended, *id))
+            .collect();
+        if over.len() <= MAX_ENDED_GROUPS {
+            return;
+        }
+        over.sort_unstable();
+        for (_, id) in over.iter().take(over.len() - MAX_ENDED_GROUPS) {
+            self.groups.remove(id);
+            self.bury_group(*id);
+        }
+    }
+
+    /// What to say to someone who asks again for a group that it was already given, or that has ended meanwhile.
+    pub(super) fn answer_again(&mut self, id: GroupId) {
+        let Some(group) = self.groups.get(&id) else { return };
+        let (phase, Some(requester)) = (group.phase, group.requester) else { return };
+        match phase {
+            Phase::Placing => {}
+            Phase::Placed | Phase::Running | Phase::Lost => self.send_placed(id),
+            Phase::Failed | Phase::Stopped => {
+                let cause =
+                    if group.cause.is_empty() { "the group was stopped".to_owned() } else { group.cause.clone() };
+                let refusal = Refusal { kind: RefusalKind::Failed, cause, hint: String::new() };
+                self.reply(requester, ToNode::RequestRefused { request: requester.request, refusal, table: None });
+            }
+        }
+    }
+}

@@ -1,0 +1,258 @@
+//! What the head keeps: nodes, groups, placement groups, and who waits.
+
+use crate::{SessionId, pool::Pool};
+use rayless_proto::{
+    ids::{GroupId, Incarnation, NodeId, PlacementGroupId, RequestId},
+    resources::{Allocation, Resources, Strategy},
+    v1::{
+        control::{GroupSpec, NodeInfo, RankAllocation, WorkerState},
+        status::{GroupState, NodeState},
+    },
+};
+use rkyv::{Archive, Deserialize, Serialize};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Instant,
+};
+
+/// An authenticated control session.
+#[derive(Debug, Clone)]
+pub(super) struct Session {
+    pub(super) node: NodeId,
+    pub(super) address: String,
+    pub(super) joined: bool,
+}
+
+/// A node that joined at least once.
+#[derive(Debug, Clone)]
+pub(super) struct Node {
+    pub(super) info: NodeInfo,
+    pub(super) state: NodeState,
+    pub(super) incarnation: Incarnation,
+    /// Its present control session. A node may be alive without one: it is about to dial again.
+    pub(super) session: Option<SessionId>,
+    pub(super) pool: Pool,
+    pub(super) heard: Option<Instant>,
+    pub(super) rtt_us: u64,
+    /// Why it is dead or left.
+    pub(super) cause: String,
+    /// When `state` became what it is.
+    pub(super) since: Instant,
+}
+
+impl Node {
+    /// Whether something may be started on it.
+    pub(super) fn is_placeable(&self) -> bool {
+        self.state == NodeState::Alive && self.session.is_some()
+    }
+
+    pub(super) fn is_gone(&self) -> bool {
+        matches!(self.state, NodeState::Dead | NodeState::Left)
+    }
+}
+
+/// Whom an answer goes to. The incarnation keeps a restarted daemon from being taken for its predecessor.
+#[derive(Archive, Serialize, Deserialize, Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Requester {
+    pub(super) node: NodeId,
+    pub(super) incarnation: Incarnation,
+    pub(super) request: RequestId,
+}
+
+/// Life of a group as the head decides by it; `status` shows fewer states.
+#[derive(Archive, Serialize, Deserialize, Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Phase {
+    /// Keepers are starting; nobody has been told yet. The head decides.
+    Placing,
+    /// The driver knows; workers are starting. From here on the sessions decide.
+    Placed,
+    /// All workers are ready.
+    Running,
+    /// Every node of it is dead. It counts as failed, unless one of them comes back as a new life that still runs it.
+    Lost,
+    /// Ended by a fault.
+    Failed,
+    /// Ended in order.
+    Stopped,
+}
+
+impl Phase {
+    /// Whether it is to go on.
+    pub(super) const fn is_live(self) -> bool {
+        matches!(self, Self::Placing | Self::Placed | Self::Running)
+    }
+
+    pub(super) const fn is_over(self) -> bool {
+        matches!(self, Self::Failed | Self::Stopped)
+    }
+
+    pub(super) const fn shown(self) -> GroupState {
+        match self {
+            Self::Placing | Self::Placed => GroupState::Starting,
+            Self::Running => GroupState::Running,
+            Self::Lost | Self::Failed => GroupState::Failed,
+            Self::Stopped => GroupState::Stopped,
+        }
+    }
+}
+
+/// A keeper as far as the head knows.
+#[derive(Archive, Serialize, Deserialize, Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Keeper {
+    /// Told to start.
+    Starting,
+    /// Takes sessions.
+    Up,
+    /// Told to end.
+    Stopping,
+    /// Ended, or gone with its node's last life. Holds nothing.
+    Gone,
+}
+
+/// A group's part on one node.
+#[derive(Debug, Clone)]
+pub(super) struct Part {
+    pub(super) ranks: Vec<RankAllocation>,
+    pub(super) pids: Vec<u32>,
+    pub(super) states: Vec<WorkerState>,
+    pub(super) keeper: Keeper,
+    /// Whether `ranks` are taken out of a pool. Only what a node claims against the head's books is not.
+    pub(super) counted: bool,
+    /// When it was last told to start or to stop.
+    pub(super) told: Instant,
+}
+
+impl Part {
+    pub(super) fn new(ranks: Vec<RankAllocation>, keeper: Keeper, now: Instant) -> Self {
+        let count = ranks.len();
+        let states = vec![WorkerState::Starting; count];
+        Self { ranks, pids: vec![0; count], states, keeper, counted: true, told: now }
+    }
+}
+
+/// A group of workers.
+#[derive(Debug, Clone)]
+pub(super) struct Group {
+    pub(super) name: String,
+    pub(super) world_size: u32,
+    pub(super) driver_node: NodeId,
+    pub(super) driver_pid: u32,
+    pub(super) phase: Phase,
+    pub(super) cause: String,
+    /// Unknown for groups that were adopted from nodes alone.
+    pub(super) requester: Option<Requester>,
+    pub(super) parts: BTreeMap<NodeId, Part>,
+    pub(super) ended: Option<Instant>,
+}
+
+impl Group {
+    /// Whether nothing of it is left anywhere.
+    pub(super) fn is_reaped(&self) -> bool {
+        self.parts.values().all(|p| p.keeper == Keeper::Gone)
+    }
+
+    /// Nodes that a change of `node` concerns: those of its ranks and its driver's.
+    pub(super) fn nodes(&self) -> BTreeSet<NodeId> {
+        let holding = self.parts.iter().filter(|(_, p)| p.keeper != Keeper::Gone);
+        holding.map(|(n, _)| *n).chain([self.driver_node]).collect()
+    }
+
+    /// Whether some rank is carved out of this placement group.
+    pub(super) fn is_carved_from(&self, id: PlacementGroupId) -> bool {
+        let mut ranks = self.parts.values().filter(|p| p.keeper != Keeper::Gone).flat_map(|p| &p.ranks);
+        ranks.any(|r| r.placement_group.is_some_and(|(from, _)| from == id))
+    }
+
+    /// For people: the name, with the id's first digits.
+    pub(super) fn title(&self, id: GroupId) -> String {
+        if self.name.is_empty() { id.short() } else { format!("{} ({})", self.name, id.short()) }
+    }
+}
+
+/// A bundle of a placement group.
+#[derive(Debug, Clone)]
+pub(super) struct Bundle {
+    pub(super) node: NodeId,
+    pub(super) allocation: Allocation,
+    /// What groups carve from.
+    pub(super) pool: Pool,
+}
+
+impl Bundle {
+    pub(super) fn new(node: NodeId, allocation: Allocation) -> Self {
+        let pool = Pool::of_allocation(&allocation);
+        Self { node, allocation, pool }
+    }
+}
+
+/// A placement group.
+#[derive(Debug, Clone)]
+pub(super) struct PlacementGroup {
+    pub(super) name: String,
+    pub(super) strategy: Strategy,
+    pub(super) bundle_count: u32,
+    /// By index. Fewer than `bundle_count` while nodes have yet to rejoin a head that was restarted.
+    pub(super) bundles: BTreeMap<u32, Bundle>,
+    pub(super) requester: Option<Requester>,
+    /// To be given back as soon as no group holds a part of it.
+    pub(super) removing: bool,
+}
+
+/// What a request that cannot be served yet asks for.
+#[derive(Debug, Clone)]
+pub(super) enum Want {
+    Group(GroupSpec),
+    Bundles { name: String, bundles: Vec<Resources>, strategy: Strategy },
+}
+
+impl Want {
+    pub(super) fn bundles(&self) -> &[Resources] {
+        match self {
+            Self::Group(spec) => &spec.bundles,
+            Self::Bundles { bundles, .. } => bundles,
+        }
+    }
+
+    pub(super) fn name(&self) -> &str {
+        match self {
+            Self::Group(spec) => &spec.name,
+            Self::Bundles { name, .. } => name,
+        }
+    }
+
+    pub(super) const fn strategy(&self) -> Strategy {
+        match self {
+            Self::Group(spec) => spec.strategy,
+            Self::Bundles { strategy, .. } => *strategy,
+        }
+    }
+
+    pub(super) const fn placement_group(&self) -> Option<PlacementGroupId> {
+        match self {
+            Self::Group(spec) => spec.placement_group,
+            Self::Bundles { .. } => None,
+        }
+    }
+}
+
+/// A request that waits for nodes or resources.
+#[derive(Debug, Clone)]
+pub(super) struct Waiting {
+    pub(super) requester: Requester,
+    pub(super) want: Want,
+    pub(super) since: Instant,
+    pub(super) until: Instant,
+    pub(super) next_report: Instant,
+    /// Whether it could be placed if nobody held anything, as of this version of the cluster's shape.
+    pub(super) feasible: Option<(u64, bool)>,
+}
+
+/// Someone who wants to know when groups are reaped.
+#[derive(Debug, Clone)]
+pub(super) struct StopWait {
+    pub(super) requester: Requester,
+    pub(super) groups: BTreeSet<GroupId>,
+    pub(super) placement_groups: BTreeSet<PlacementGroupId>,
+    /// Answered then in any case.
+    pub(super) until: Instant,
+}
