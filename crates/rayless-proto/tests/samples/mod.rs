@@ -1,0 +1,373 @@
+//! One well-formed message of every kind: where the decoder tests and the fuzz targets begin.
+
+use rayless_proto::{
+    ids::{ClusterId, GroupId, Incarnation, NodeId, PlacementGroupId},
+    resources::{Allocation, CPU, GPU, GpuShare, Quantity, Resources, Strategy},
+    v1::{
+        control::{
+            GpuInfo, GroupSpec, HeldGroup, HeldPlacementGroup, NeedHave, NeedHaveRow, NodeEnv, NodeInfo, PlacedNode,
+            Placement, RankAllocation, Refusal, RefusalKind, ToHead, ToNode, WorkerState,
+        },
+        keeper::{FromKeeper, KeeperConfig, ToKeeper},
+        local::{ClientMessage, ClientReply, ClientRequest, DaemonMessage, Identity, LeafBundle},
+        status::{
+            Event, GpuState, GpuStatus, GroupState, GroupStatus, LinkStatus, NodeState, NodeStatus,
+            PlacementGroupStatus, StatusReport, WorkerStatus,
+        },
+        step::{KeeperEvent, Launch},
+    },
+};
+
+const NODE: NodeId = NodeId([7; 32]);
+const GROUP: GroupId = GroupId([3; 8]);
+const PLACEMENT_GROUP: PlacementGroupId = PlacementGroupId([5; 8]);
+
+/// Node to head.
+pub fn to_head() -> Vec<ToHead> {
+    vec![
+        ToHead::Join {
+            info: info(),
+            head_address: "10.0.0.1".into(),
+            held: vec![held()],
+            held_placement_groups: vec![held_placement_group()],
+        },
+        ToHead::Leave,
+        ToHead::CreateGroup { request: 1, spec: spec() },
+        ToHead::CancelRequest { request: 2 },
+        ToHead::CreatePlacementGroup {
+            request: 3,
+            name: "pg".into(),
+            bundles: vec![bundle(), bundle()],
+            strategy: Strategy::StrictSpread,
+            wait_ms: 1000,
+        },
+        ToHead::RemovePlacementGroup { request: 4, id: PLACEMENT_GROUP },
+        ToHead::StopGroup { request: 5, group: Some(GROUP) },
+        ToHead::Status { request: 6 },
+        ToHead::KeeperReady { group: GROUP },
+        ToHead::WorkerChanged { group: GROUP, rank: 1, pid: 77, state: WorkerState::Busy },
+        ToHead::GroupEnded { group: GROUP, cause: "rank 1 was killed".into() },
+        ToHead::GpuDraining { gpus: vec![(0, true), (1, false)] },
+        ToHead::Update { info: info() },
+    ]
+}
+
+/// Head to node.
+pub fn to_node() -> Vec<ToNode> {
+    vec![
+        ToNode::Welcome {
+            cluster: ClusterId([9; 16]),
+            head: NODE,
+            your_address: "10.0.0.2".into(),
+            dead_after_ms: 3000,
+        },
+        ToNode::Refused(refusal()),
+        ToNode::Fenced { cause: "silent for 3.2 s".into() },
+        ToNode::StartKeeper { group: GROUP, name: "g".into(), world_size: 4, driver_node: NODE, ranks: vec![rank()] },
+        ToNode::StopKeeper { group: GROUP, cause: String::new() },
+        ToNode::HoldPlacementGroup(held_placement_group()),
+        ToNode::DropPlacementGroup(PLACEMENT_GROUP),
+        ToNode::Waiting { request: 1, table: table() },
+        ToNode::GroupPlaced { request: 1, group: GROUP, placements: vec![placement()], nodes: vec![placed_node()] },
+        ToNode::PlacementGroupPlaced { request: 2, id: PLACEMENT_GROUP, nodes: vec![NODE] },
+        ToNode::Done { request: 3 },
+        ToNode::RequestRefused { request: 4, refusal: refusal(), table: Some(table()) },
+        ToNode::Status { request: 5, report: report() },
+        ToNode::NodeVerdict { node: NODE, name: "b".into(), state: NodeState::Suspect, cause: "silent".into() },
+        ToNode::Notice(event()),
+    ]
+}
+
+/// A command or driver to its daemon.
+pub fn client_messages() -> Vec<ClientMessage> {
+    [
+        ClientRequest::Identify,
+        ClientRequest::Status,
+        ClientRequest::CreateGroup(spec()),
+        ClientRequest::StopGroup(None),
+        ClientRequest::CreatePlacementGroup {
+            name: "pg".into(),
+            bundles: vec![bundle()],
+            strategy: Strategy::Pack,
+            wait_ms: 0,
+        },
+        ClientRequest::RemovePlacementGroup(PLACEMENT_GROUP),
+        ClientRequest::Stop,
+    ]
+    .into_iter()
+    .zip(1..)
+    .map(|(body, request)| ClientMessage { request, body })
+    .collect()
+}
+
+/// A daemon to its client.
+pub fn daemon_messages() -> Vec<DaemonMessage> {
+    [
+        ClientReply::Identity(Identity {
+            node: NODE,
+            name: "a".into(),
+            address: "10.0.0.1:6379".into(),
+            pid: 4,
+            build: "0.1.0".into(),
+            is_head: false,
+            head_address: "10.0.0.1:6379".into(),
+            joined: true,
+            waiting_for: String::new(),
+            dead_after_ms: 3000,
+            host_id: "boot/4026531840".into(),
+        }),
+        ClientReply::Status(report()),
+        ClientReply::Waiting(table()),
+        ClientReply::WaitingForHead("no answer".into()),
+        ClientReply::GroupPlaced {
+            group: GROUP,
+            placements: vec![placement()],
+            nodes: vec![placed_node()],
+            local_keeper: Some("/run/rayless/keepers/x.sock".into()),
+            leaf: leaf(),
+        },
+        ClientReply::PlacementGroupPlaced { id: PLACEMENT_GROUP, nodes: vec![NODE] },
+        ClientReply::NodeVerdict { node: NODE, name: "b".into(), state: NodeState::Dead, cause: "silent".into() },
+        ClientReply::Done,
+        ClientReply::Refused { refusal: refusal(), table: None },
+    ]
+    .into_iter()
+    .zip(1..)
+    .map(|(body, request)| DaemonMessage { request, body })
+    .collect()
+}
+
+/// A daemon to a keeper.
+pub fn to_keeper() -> Vec<ToKeeper> {
+    vec![
+        ToKeeper::Watch,
+        ToKeeper::Stop { cause: "stopped by `rayless stop`".into() },
+        ToKeeper::NodeVerdict { node: NODE, state: NodeState::Alive },
+    ]
+}
+
+/// A keeper to a daemon.
+pub fn from_keeper() -> Vec<FromKeeper> {
+    vec![
+        FromKeeper::Held(held()),
+        FromKeeper::WorkerChanged { rank: 0, pid: 4, state: WorkerState::Dead },
+        FromKeeper::Ended { cause: String::new() },
+    ]
+}
+
+/// What a keeper is started with.
+pub fn keeper_configs() -> Vec<KeeperConfig> {
+    vec![KeeperConfig {
+        group: GROUP,
+        name: "g".into(),
+        world_size: 4,
+        driver_node: NODE,
+        node: NODE,
+        node_name: "a".into(),
+        node_address: "10.0.0.1".into(),
+        run_dir: "/run/rayless".into(),
+        ranks: vec![rank()],
+        gpu_uuids: vec![vec!["declared-0".into()]],
+        node_env: vec![node_env()],
+        leaf: leaf(),
+        dead_after_ms: 3000,
+        driver_wait_ms: 60_000,
+    }]
+}
+
+/// A driver to a keeper.
+pub fn launches() -> Vec<Launch> {
+    vec![Launch {
+        program: "/usr/bin/python3".into(),
+        arguments: vec!["-m".into(), "rayless._worker".into()],
+        directory: "/srv".into(),
+        env: vec![("A".into(), "1".into())],
+        rank_env: vec![(0, vec![("B".into(), "2".into())])],
+        boot: vec![1, 2, 3],
+    }]
+}
+
+/// A keeper to a driver.
+pub fn keeper_events() -> Vec<KeeperEvent> {
+    vec![
+        KeeperEvent::Launched { pids: vec![(0, 100), (1, 101)] },
+        KeeperEvent::Ready { rank: 1, versions: vec![("python".into(), "3.11.7".into())] },
+        KeeperEvent::Changed { rank: 1, state: WorkerState::Ready },
+        KeeperEvent::Failed { rank: Some(1), cause: "killed by signal 9".into(), tail: "last words".into() },
+        KeeperEvent::Ended,
+    ]
+}
+
+/// The state of a cluster.
+pub fn report() -> StatusReport {
+    StatusReport {
+        cluster: ClusterId([9; 16]),
+        head: NODE,
+        protocol: 1,
+        uptime_ms: 1000,
+        refused_handshakes: 2,
+        nodes: vec![NodeStatus {
+            id: NODE,
+            name: "a".into(),
+            address: "10.0.0.1:6379".into(),
+            is_head: true,
+            state: NodeState::Alive,
+            incarnation: 3,
+            last_seen_ms: 0,
+            rtt_us: 0,
+            resources: bundle(),
+            available: Resources::new(),
+            gpus: vec![GpuStatus {
+                index: 0,
+                uuid: "GPU-1".into(),
+                name: "H20".into(),
+                memory_bytes: 96 << 30,
+                state: GpuState::Held,
+                held_by: vec![GROUP],
+            }],
+            versions: vec![("rayless".into(), "0.1.0".into())],
+            interface: "eth0".into(),
+            node_env: vec![node_env()],
+        }],
+        groups: vec![GroupStatus {
+            id: GROUP,
+            name: "g".into(),
+            state: GroupState::Running,
+            cause: String::new(),
+            driver_node: NODE,
+            driver_pid: 4,
+            workers: vec![WorkerStatus { rank: 0, node: NODE, pid: 5, state: WorkerState::Ready, gpus: vec![0] }],
+        }],
+        placement_groups: vec![PlacementGroupStatus {
+            id: PLACEMENT_GROUP,
+            name: "pg".into(),
+            strategy: "PACK".into(),
+            bundles: vec![(bundle(), NODE)],
+        }],
+        links: vec![LinkStatus {
+            group: GROUP,
+            from: 0,
+            to: 1,
+            transport: "tcp".into(),
+            device: String::new(),
+            gid: String::new(),
+            mtu: 1500,
+            rejected: vec![("rdma".into(), "no device".into())],
+        }],
+        events: vec![event()],
+    }
+}
+
+fn bundle() -> Resources {
+    Resources::new().with(CPU, Quantity::whole(2)).with(GPU, Quantity::from_raw(5_000))
+}
+
+fn allocation() -> Allocation {
+    Allocation { resources: bundle(), gpus: vec![GpuShare { index: 0, amount: Quantity::from_raw(5_000) }] }
+}
+
+fn rank() -> RankAllocation {
+    RankAllocation { rank: 0, allocation: allocation(), placement_group: Some((PLACEMENT_GROUP, 1)) }
+}
+
+fn node_env() -> NodeEnv {
+    NodeEnv {
+        name: "GLOO_SOCKET_IFNAME".into(),
+        value: "eth0".into(),
+        source: "interface of the route to the head".into(),
+    }
+}
+
+fn info() -> NodeInfo {
+    NodeInfo {
+        id: NODE,
+        incarnation: Incarnation(2),
+        name: "b".into(),
+        address: "10.0.0.2".into(),
+        port: 6379,
+        interface: "eth0".into(),
+        host_id: "boot/4026531840".into(),
+        resources: Resources::new().with(CPU, Quantity::whole(8)).with(GPU, Quantity::ONE),
+        gpus: vec![GpuInfo { index: 0, uuid: "GPU-1".into(), name: "H20".into(), memory_bytes: 96 << 30 }],
+        versions: vec![("rayless".into(), "0.1.0".into())],
+        node_env: vec![node_env()],
+    }
+}
+
+fn held() -> HeldGroup {
+    HeldGroup {
+        group: GROUP,
+        name: "g".into(),
+        world_size: 2,
+        driver_node: NODE,
+        ranks: vec![rank()],
+        pids: vec![100],
+        states: vec![WorkerState::Ready],
+    }
+}
+
+fn held_placement_group() -> HeldPlacementGroup {
+    HeldPlacementGroup {
+        id: PLACEMENT_GROUP,
+        name: "pg".into(),
+        strategy: Strategy::Spread,
+        bundle_count: 2,
+        bundles: vec![(1, allocation())],
+    }
+}
+
+fn spec() -> GroupSpec {
+    GroupSpec {
+        name: "g".into(),
+        bundles: vec![bundle(), bundle()],
+        strategy: Strategy::Spread,
+        driver_node: NODE,
+        driver_pid: 4,
+        wait_ms: 1000,
+        placement_group: None,
+        driver_versions: vec![("python".into(), "3.11.7".into())],
+    }
+}
+
+fn placement() -> Placement {
+    Placement { rank: 0, local_rank: 0, node: NODE, allocation: allocation(), gpu_uuids: vec!["GPU-1".into()] }
+}
+
+fn placed_node() -> PlacedNode {
+    PlacedNode {
+        id: NODE,
+        name: "a".into(),
+        address: "10.0.0.1".into(),
+        port: 6379,
+        host_id: "boot/4026531840".into(),
+        node_env: vec![node_env()],
+        versions: vec![("rayless".into(), "0.1.0".into())],
+    }
+}
+
+fn refusal() -> Refusal {
+    Refusal { kind: RefusalKind::Resources, cause: "too few GPUs".into(), hint: "add a node".into() }
+}
+
+fn table() -> NeedHave {
+    NeedHave {
+        cause: "4 GPU wanted, 1 free".into(),
+        need: bundle(),
+        bundles: 4,
+        rows: vec![NeedHaveRow {
+            node: "a".into(),
+            state: "alive".into(),
+            total: bundle(),
+            available: Resources::new(),
+            held: vec![(Some(0), "g".into()), (None, "h".into())],
+        }],
+    }
+}
+
+fn leaf() -> LeafBundle {
+    LeafBundle { ca_certificates: vec![vec![1; 40]], certificates: vec![vec![2; 40]], key: vec![3; 40] }
+}
+
+fn event() -> Event {
+    Event { time_us: 1_700_000_000_000_000, kind: "node-dead".into(), cause: "silent for 3.2 s".into() }
+}
