@@ -1,6 +1,7 @@
 //! The node daemon: control over net, keepers, local clients, inventory.
 #![forbid(unsafe_code)]
 
+pub mod daemon;
 pub mod inventory;
 pub mod knobs;
 pub mod node_env;

@@ -1,1 +1,36 @@
-fn main() {}
+//! The `rayless` command. What it says and how it ends follows `STYLE.md`.
+#![forbid(unsafe_code)]
+
+mod background;
+mod cli;
+mod logs;
+mod message;
+mod start;
+mod status;
+mod token;
+
+use cli::Action;
+use message::Failure;
+use rayless_node::run_dir::RunDir;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => failure.report(),
+    }
+}
+
+fn run() -> Result<(), Failure> {
+    let asked = cli::parse();
+    let run = RunDir::resolve(asked.run_dir);
+    match asked.action {
+        Action::Head(options) => start::run(&run, None, options),
+        Action::Join { address, wait, node } => start::run(&run, Some(start::JoinOptions { address, wait }), node),
+        Action::Status { json, environment } => status::status(&run, json, environment),
+        Action::Stop(what) => status::stop(&run, &what),
+        Action::Token(action) => token::run(&run, &action),
+        Action::Logs(options) => logs::run(&run, &options),
+        Action::Keeper => rayless_worker::keeper::run().map_err(Failure::failed),
+    }
+}

@@ -1,0 +1,273 @@
+//! This node's part of the groups: what the head wants of it, what its keepers say, what is over.
+
+use super::{
+    DaemonError, Talk,
+    core::{Core, STATE_REPORT_PERIOD},
+    drain::{self, Used},
+    keepers::{self, Keeper},
+};
+use crate::inventory::{Inventory, gpu::Probe};
+use rayless_proto::{
+    ids::{GroupId, NodeId},
+    v1::{
+        control::{RankAllocation, ToHead},
+        keeper::{FromKeeper, KeeperConfig},
+        local::ClientReply,
+        status::NodeState,
+    },
+};
+use rayless_worker::keeper::KeeperHandle;
+use std::{
+    collections::BTreeSet,
+    os::fd::OwnedFd,
+    time::{Duration, Instant},
+};
+
+/// How long a keeper waits for its driver's first session. The driver is told once all keepers are up, and then has only
+/// to connect: a longer silence is a driver that died in between.
+const DRIVER_WAIT: Duration = Duration::from_secs(60);
+
+impl Core {
+    /// The head wants a keeper for these ranks.
+    pub(crate) fn start_keeper(
+        &mut self,
+        group: GroupId,
+        name: String,
+        world_size: u32,
+        driver_node: NodeId,
+        ranks: Vec<RankAllocation>,
+    ) {
+        if let Some(keeper) = self.keepers.get(&group) {
+            // Asked again after the head or the session was lost.
+            if keeper.is_up() {
+                self.tell_head(ToHead::KeeperReady { group });
+            }
+            return;
+        }
+        let leaf = match self.identity.issue_delegate() {
+            Ok(leaf) => leaf,
+            Err(error) => {
+                let cause = format!("no identity for a keeper on {}: {error}", self.info.name);
+                self.tell_head(ToHead::GroupEnded { group, cause });
+                return;
+            }
+        };
+        let uuid = |index: u32| self.info.gpus.iter().find(|gpu| gpu.index == index).map(|gpu| gpu.uuid.clone());
+        let gpu_uuids = ranks
+            .iter()
+            .map(|rank| rank.allocation.gpus.iter().filter_map(|share| uuid(share.index)).collect())
+            .collect();
+        let config = KeeperConfig {
+            group,
+            name: name.clone(),
+            world_size,
+            driver_node,
+            node: self.info.id,
+            node_name: self.info.name.clone(),
+            node_address: self.info.address.clone(),
+            run_dir: self.run.path().to_string_lossy().into_owned(),
+            ranks: ranks.clone(),
+            gpu_uuids,
+            node_env: self.info.node_env.clone(),
+            leaf,
+            dead_after_ms: u64::try_from(self.dead_after.as_millis()).unwrap_or(u64::MAX),
+            driver_wait_ms: u64::try_from(DRIVER_WAIT.as_millis()).unwrap_or(u64::MAX),
+        };
+        let keeper = Keeper::starting(keepers::held_before_start(group, name, world_size, driver_node, ranks));
+        // A GPU that another group shares is not back to anything after this one.
+        let shared: BTreeSet<u32> = self.keepers.values().flat_map(Keeper::gpus).collect();
+        let measured: Vec<u32> =
+            if self.gpus_measured { keeper.gpus().difference(&shared).copied().collect() } else { Vec::new() };
+        self.keepers.insert(group, keeper);
+        tracing::info!(%group, "starting a keeper");
+        keepers::start(self.exe.clone(), config, measured, self.run.clone(), self.events.clone());
+    }
+
+    /// The head wants this node's part of the group ended.
+    pub(crate) fn stop_keeper(&mut self, group: GroupId, cause: &str) {
+        match self.keepers.get_mut(&group) {
+            Some(keeper) => keeper.stop(cause),
+            None if self.ending.contains_key(&group) => {}
+            None => self.tell_head(ToHead::GroupEnded { group, cause: String::new() }),
+        }
+    }
+
+    pub(crate) fn keeper_started(&mut self, group: GroupId, started: Result<Box<KeeperHandle>, String>, used: Used) {
+        let Some(keeper) = self.keepers.get_mut(&group) else {
+            // Given up meanwhile (declared dead): it must not live on unseen.
+            if let Ok(handle) = started {
+                handle.stop("its node was declared dead");
+            }
+            return;
+        };
+        match started {
+            Ok(handle) => {
+                keeper.used = used;
+                keeper.attach(*handle, self.events.clone());
+                let driver = keeper.held.driver_node;
+                let state = self.verdicts.get(&driver).map_or(NodeState::Alive, |(_, state)| *state);
+                keeper.verdict(driver, state);
+                if keeper.stopping.is_none() {
+                    self.tell_head(ToHead::KeeperReady { group });
+                }
+            }
+            Err(cause) => {
+                tracing::error!(%group, "{cause}");
+                self.keepers.remove(&group);
+                keepers::forget(&self.run, group);
+                let cause = format!("{} cannot start its workers: {}", self.info.name, one_line(&cause));
+                self.tell_head(ToHead::GroupEnded { group, cause });
+            }
+        }
+    }
+
+    pub(crate) fn keeper_said(&mut self, group: GroupId, message: FromKeeper) {
+        let Some(keeper) = self.keepers.get_mut(&group) else { return };
+        match message {
+            FromKeeper::Held(held) => keeper.held = held,
+            FromKeeper::WorkerChanged { rank, pid, state } => {
+                if keeper.worker_changed(rank, pid, state) {
+                    self.tell_head(ToHead::WorkerChanged { group, rank, pid, state });
+                }
+            }
+            FromKeeper::Ended { cause } => keeper.ended = Some(cause),
+        }
+    }
+
+    /// The keeper's process is gone, and with it (PDEATHSIG) every worker.
+    pub(crate) fn keeper_gone(&mut self, group: GroupId) {
+        let Some(keeper) = self.keepers.remove(&group) else { return };
+        keepers::forget(&self.run, group);
+        let cause = match (keeper.ended, keeper.stopping) {
+            (Some(cause), _) | (None, Some(cause)) => cause,
+            (None, None) => format!("the keeper on {} died", self.info.name),
+        };
+        tracing::info!(%group, cause, "a keeper has ended");
+        let still_held: BTreeSet<u32> = self.keepers.values().flat_map(Keeper::gpus).collect();
+        let before: Used = keeper.used.into_iter().filter(|(index, _)| !still_held.contains(index)).collect();
+        if before.is_empty() {
+            self.tell_head(ToHead::GroupEnded { group, cause });
+        } else {
+            // The head hears that GPUs drain before it hears that they are given back.
+            self.ending.insert(group, (keeper.held, cause));
+            drain::watch(group, before, self.events.clone());
+        }
+    }
+
+    /// Not all memory of its GPUs is back.
+    pub(crate) fn group_drains(&mut self, group: GroupId, gpus: &[u32]) {
+        self.draining.entry(group).or_default().extend(gpus);
+        self.tell_head(ToHead::GpuDraining { gpus: gpus.iter().map(|index| (*index, true)).collect() });
+        self.end_group(group);
+    }
+
+    /// All of it is.
+    pub(crate) fn group_drained(&mut self, group: GroupId) {
+        if let Some(gpus) = self.draining.remove(&group) {
+            let others: BTreeSet<u32> = self.draining.values().flatten().copied().collect();
+            let back: Vec<(u32, bool)> = gpus.difference(&others).map(|index| (*index, false)).collect();
+            if !back.is_empty() {
+                self.tell_head(ToHead::GpuDraining { gpus: back });
+            }
+        }
+        self.end_group(group);
+    }
+
+    fn end_group(&mut self, group: GroupId) {
+        if let Some((_, cause)) = self.ending.remove(&group) {
+            self.tell_head(ToHead::GroupEnded { group, cause });
+        }
+    }
+
+    /// After a join: the new session knows nothing of GPUs that drain.
+    pub(crate) fn tell_draining(&mut self) {
+        let gpus: BTreeSet<u32> = self.draining.values().flatten().copied().collect();
+        if !gpus.is_empty() {
+            self.tell_head(ToHead::GpuDraining { gpus: gpus.into_iter().map(|index| (index, true)).collect() });
+        }
+    }
+
+    /// Ready/busy changes whose second is over.
+    pub(crate) fn report_worker_states(&mut self, now: Instant) {
+        let mut due = Vec::new();
+        for (group, keeper) in &mut self.keepers {
+            let changed = keeper.take_changed(now, STATE_REPORT_PERIOD).into_iter();
+            due.extend(changed.map(|(rank, pid, state)| ToHead::WorkerChanged { group: *group, rank, pid, state }));
+        }
+        for message in due {
+            self.tell_head(message);
+        }
+    }
+
+    /// The head's view of another node, for the drivers and keepers here.
+    pub(crate) fn verdict(&mut self, node: NodeId, name: String, state: NodeState, cause: &str) {
+        if matches!(state, NodeState::Dead | NodeState::Left) {
+            self.verdicts.remove(&node);
+        } else {
+            self.verdicts.insert(node, (name.clone(), state));
+        }
+        for keeper in self.keepers.values() {
+            keeper.verdict(node, state);
+        }
+        let drivers: Vec<_> =
+            self.clients.iter().filter(|(_, client)| client.is_driver).map(|(client, _)| *client).collect();
+        for client in drivers {
+            let verdict = ClientReply::NodeVerdict { node, name: name.clone(), state, cause: cause.to_owned() };
+            self.answer(client, 0, verdict);
+        }
+    }
+
+    /// Without a head nobody vouches for any node.
+    pub(crate) fn head_is_lost(&mut self, now: Instant) {
+        let known: Vec<(NodeId, String)> = self
+            .verdicts
+            .iter()
+            .filter(|(_, (_, state))| *state == NodeState::Alive)
+            .map(|(node, (name, _))| (*node, name.clone()))
+            .collect();
+        for (node, name) in known {
+            self.verdict(node, name, NodeState::Suspect, "this node has lost the head");
+        }
+        self.requests_lost(now);
+    }
+
+    /// A driver on another host wants its keeper.
+    pub(crate) fn step_session(&self, group: GroupId, from: String, stream: OwnedFd) {
+        let Some(hand_over) = self.keepers.get(&group).and_then(Keeper::hand_over) else {
+            tracing::warn!(%group, from, "a step session for a group that has no keeper here is closed");
+            return;
+        };
+        tokio::spawn(async move {
+            if let Err(error) = hand_over.session(stream).await {
+                tracing::warn!(%group, from, %error, "a step session could not be handed to its keeper");
+            }
+        });
+    }
+
+    /// NVML has answered after the start.
+    pub(crate) fn gpus_found(&mut self, probe: &Probe, talk: &mut dyn FnMut(Talk)) -> Result<(), DaemonError> {
+        for note in &probe.notes {
+            talk(Talk::Line(note.clone()));
+        }
+        let mut inventory = Inventory {
+            resources: self.info.resources.clone(),
+            gpus: Vec::new(),
+            versions: std::mem::take(&mut self.info.versions),
+            gpus_unknown: true,
+        };
+        inventory.take_gpus(probe, self.gpus_wanted).map_err(|error| DaemonError::Usage(error.to_string()))?;
+        self.info.resources = inventory.resources;
+        self.info.gpus = inventory.gpus;
+        self.info.versions = inventory.versions;
+        self.gpus_measured = !self.info.gpus.is_empty();
+        tracing::info!(gpus = self.info.gpus.len(), "NVML has answered");
+        let info = self.info.clone();
+        self.tell_head(ToHead::Update { info });
+        Ok(())
+    }
+}
+
+/// The cause without its hint: a line of a status table.
+fn one_line(text: &str) -> &str {
+    text.lines().next().unwrap_or_default()
+}

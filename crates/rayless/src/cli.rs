@@ -1,0 +1,298 @@
+//! The command line: every argument that is a knob is built from its one declaration in `rayless_node::knobs`.
+
+use clap::{Arg, ArgAction, ArgMatches, Command, builder::ValueParser, value_parser};
+use rayless_node::{
+    inventory::Wishes,
+    knobs::{self, Knob},
+};
+use rayless_proto::{ids::Rank, limits::MAX_NAME, resources::Quantity};
+use std::{path::PathBuf, time::Duration};
+
+/// What was asked for.
+#[derive(Debug)]
+pub(crate) struct Asked {
+    /// `--run-dir`.
+    pub(crate) run_dir: Option<PathBuf>,
+    /// The command.
+    pub(crate) action: Action,
+}
+
+/// The command.
+#[derive(Debug)]
+pub(crate) enum Action {
+    Head(NodeOptions),
+    Join { address: String, wait: Duration, node: NodeOptions },
+    Status { json: bool, environment: bool },
+    Stop(StopWhat),
+    Token(TokenAction),
+    Logs(LogOptions),
+    Keeper,
+}
+
+/// What `head` and `join` share.
+#[derive(Debug)]
+pub(crate) struct NodeOptions {
+    pub(crate) port: u16,
+    pub(crate) bind: Option<String>,
+    pub(crate) name: Option<String>,
+    pub(crate) token_file: Option<PathBuf>,
+    pub(crate) wishes: Wishes,
+    pub(crate) dead_after: Option<Duration>,
+    pub(crate) host_id: Option<String>,
+    pub(crate) background: bool,
+    /// Started by `--daemon`: token on stdin, readiness on stdout.
+    pub(crate) child: bool,
+}
+
+/// What `stop` ends.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum StopWhat {
+    Daemon,
+    Group(String),
+    AllGroups,
+}
+
+/// What `token` does.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum TokenAction {
+    New,
+    Show { file: Option<PathBuf> },
+}
+
+/// What `logs` shows.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct LogOptions {
+    pub(crate) group: Option<String>,
+    pub(crate) rank: Option<Rank>,
+    pub(crate) all: bool,
+    pub(crate) follow: bool,
+}
+
+/// Reads the process's arguments; help, version and wrong usage end the process as clap does (0 or 2).
+pub(crate) fn parse() -> Asked {
+    let matches = command().get_matches();
+    let run_dir = matches.get_one::<PathBuf>(knobs::RUN_DIR.flag).cloned();
+    let action = match matches.subcommand() {
+        Some(("head", found)) => Action::Head(node_options(found)),
+        Some(("join", found)) => Action::Join {
+            address: text(found, "address").unwrap_or_default(),
+            wait: found.get_one::<Duration>(knobs::WAIT.flag).copied().unwrap_or_default(),
+            node: node_options(found),
+        },
+        Some(("status", found)) => Action::Status { json: found.get_flag("json"), environment: found.get_flag("env") },
+        Some(("stop", found)) => Action::Stop(match text(found, "group") {
+            Some(group) => StopWhat::Group(group),
+            None if found.get_flag("all") => StopWhat::AllGroups,
+            None => StopWhat::Daemon,
+        }),
+        Some(("token", found)) => Action::Token(match found.subcommand() {
+            Some(("show", found)) => {
+                TokenAction::Show { file: found.get_one::<PathBuf>(knobs::TOKEN_FILE.flag).cloned() }
+            }
+            _ => TokenAction::New,
+        }),
+        Some(("logs", found)) => Action::Logs(LogOptions {
+            group: text(found, "group"),
+            rank: found.get_one::<Rank>("rank").copied(),
+            all: found.get_flag("all"),
+            follow: found.get_flag("follow"),
+        }),
+        _ => Action::Keeper,
+    };
+    Asked { run_dir, action }
+}
+
+fn text(found: &ArgMatches, name: &str) -> Option<String> {
+    found.get_one::<String>(name).cloned()
+}
+
+fn node_options(found: &ArgMatches) -> NodeOptions {
+    NodeOptions {
+        port: found.get_one::<u16>(knobs::PORT.flag).copied().unwrap_or(rayless_proto::limits::DEFAULT_PORT),
+        bind: text(found, knobs::BIND.flag),
+        name: text(found, knobs::NAME.flag),
+        token_file: found.get_one::<PathBuf>(knobs::TOKEN_FILE.flag).cloned(),
+        wishes: Wishes {
+            gpus: found.get_one::<u32>(knobs::GPUS.flag).copied(),
+            cpus: found.get_one::<Quantity>(knobs::CPUS.flag).copied(),
+            custom: found
+                .get_many::<(String, Quantity)>(knobs::RESOURCE.flag)
+                .map(|all| all.cloned().collect())
+                .unwrap_or_default(),
+            shm_min_mib: found.get_one::<u64>(knobs::SHM_MIN.flag).copied(),
+        },
+        // `head` has a default here; `join` takes the cluster's unless told otherwise.
+        dead_after: found.try_get_one::<Duration>(knobs::DEAD_AFTER.flag).ok().flatten().copied(),
+        host_id: text(found, knobs::HOST_ID.flag),
+        background: found.get_flag("daemon"),
+        child: found.get_flag("daemon-child"),
+    }
+}
+
+fn command() -> Command {
+    let switch =
+        |name: &'static str, help: &'static str| Arg::new(name).long(name).action(ArgAction::SetTrue).help(help);
+    Command::new("rayless")
+        .version(rayless_proto::BUILD)
+        .about("A few GPU hosts as one serving cluster: membership, placement, workers")
+        .subcommand_required(true)
+        .arg_required_else_help(true)
+        .disable_help_subcommand(true)
+        .arg(arg(&knobs::RUN_DIR, value_parser!(PathBuf)).global(true))
+        .subcommand(
+            node_command("head", "Start the head of a new cluster on this host")
+                .arg(arg(&knobs::DEAD_AFTER, ValueParser::new(dead_after))),
+        )
+        .subcommand(
+            node_command("join", "Join this host to the cluster of a head, now or as soon as it is there")
+                .arg(Arg::new("address").value_name("ADDRESS").required(true).help("Head, as HOST[:PORT]"))
+                .arg(arg(&knobs::WAIT, ValueParser::new(seconds))),
+        )
+        .subcommand(
+            Command::new("status")
+                .about("Show nodes, GPUs with their holders, groups and what happened")
+                .arg(switch("json", "For programs; its names are a contract"))
+                .arg(
+                    switch("env", "Show the environment that each node's workers get, and who set it")
+                        .conflicts_with("json"),
+                ),
+        )
+        .subcommand(
+            Command::new("stop")
+                .about("End the daemon of this host and its groups, or only groups")
+                .arg(
+                    Arg::new("group")
+                        .long("group")
+                        .value_name("GROUP")
+                        .conflicts_with("all")
+                        .help("Only this group, by its id, the beginning of it, or its name"),
+                )
+                .arg(switch("all", "Only groups, but all of the cluster")),
+        )
+        .subcommand(
+            Command::new("token")
+                .about("The secret that makes a host a member")
+                .subcommand_required(true)
+                .disable_help_subcommand(true)
+                .subcommand(Command::new("new").about("Print a new token; nothing else is done with it"))
+                .subcommand(
+                    Command::new("show")
+                        .about("Show this node's token on a terminal, elsewhere the path of its file")
+                        .arg(arg(&knobs::TOKEN_FILE, value_parser!(PathBuf))),
+                ),
+        )
+        .subcommand(
+            Command::new("logs")
+                .about("Show what the workers on this host printed")
+                .arg(
+                    Arg::new("group")
+                        .long("group")
+                        .value_name("GROUP")
+                        .help("Id of the group or the beginning of it [default: the newest]"),
+                )
+                .arg(
+                    Arg::new("rank")
+                        .long("rank")
+                        .value_name("RANK")
+                        .value_parser(value_parser!(Rank))
+                        .help("Only this rank"),
+                )
+                .arg(switch("all", "All groups and the daemon").conflicts_with_all(["group", "rank"]))
+                .arg(switch("follow", "Go on as lines come").short('f')),
+        )
+        .subcommand(Command::new("keeper").hide(true).about("Run the workers of one group (started by the daemon)"))
+}
+
+fn node_command(name: &'static str, about: &'static str) -> Command {
+    Command::new(name)
+        .about(about)
+        .arg(arg(&knobs::PORT, value_parser!(u16)))
+        .arg(arg(&knobs::BIND, ValueParser::new(named)))
+        .arg(arg(&knobs::NAME, ValueParser::new(named)))
+        .arg(arg(&knobs::TOKEN_FILE, value_parser!(PathBuf)))
+        .arg(arg(&knobs::GPUS, ValueParser::new(gpus)))
+        .arg(arg(&knobs::CPUS, ValueParser::new(quantity)))
+        .arg(arg(&knobs::RESOURCE, ValueParser::new(resource)).action(ArgAction::Append).value_delimiter(','))
+        .arg(arg(&knobs::HOST_ID, ValueParser::new(named)))
+        .arg(arg(&knobs::SHM_MIN, value_parser!(u64)))
+        .arg(
+            Arg::new("daemon")
+                .long("daemon")
+                .action(ArgAction::SetTrue)
+                .help("Return once the node is ready (for `join`: taken by the head); it goes on in the background"),
+        )
+        .arg(Arg::new("daemon-child").long("daemon-child").action(ArgAction::SetTrue).hide(true))
+}
+
+/// An argument from its knob.
+fn arg(knob: &Knob, parser: impl clap::builder::IntoResettable<ValueParser>) -> Arg {
+    let unit = if knob.unit.is_empty() { String::new() } else { format!(" ({})", knob.unit) };
+    let arg = Arg::new(knob.flag)
+        .long(knob.flag)
+        .env(knob.env)
+        .hide_env_values(true)
+        .value_name(knob.value)
+        .value_parser(parser)
+        .help(format!("{}{unit}", knob.doc));
+    if knob.default.is_empty() { arg } else { arg.default_value(knob.default) }
+}
+
+fn named(text: &str) -> Result<String, String> {
+    if text.is_empty() || text.len() > MAX_NAME || text.chars().any(|c| c.is_control() || c.is_whitespace()) {
+        return Err(format!("1 to {MAX_NAME} characters without white space"));
+    }
+    Ok(text.to_owned())
+}
+
+fn quantity(text: &str) -> Result<Quantity, String> {
+    let number: f64 = text.parse().map_err(|_| "not a number".to_owned())?;
+    Quantity::from_f64(number).map_err(|_| "not a quantity: a number from 0 up, in steps of 0.0001".to_owned())
+}
+
+fn resource(text: &str) -> Result<(String, Quantity), String> {
+    let (name, amount) = text.split_once('=').ok_or("not of the form NAME=N")?;
+    Ok((named(name)?, quantity(amount)?))
+}
+
+fn gpus(text: &str) -> Result<u32, String> {
+    match text.parse() {
+        Ok(count) if count <= 1024 => Ok(count),
+        _ => Err("not a number of GPUs, 0 to 1024".to_owned()),
+    }
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let number: f64 = text.parse().map_err(|_| "not a number of seconds".to_owned())?;
+    if !(0.0..=31_536_000.0).contains(&number) {
+        return Err("not a number of seconds from 0 to a year".to_owned());
+    }
+    Ok(Duration::from_secs_f64(number))
+}
+
+fn dead_after(text: &str) -> Result<Duration, String> {
+    let limit = seconds(text)?;
+    // Under two heartbeats a single lost packet would be a death.
+    if limit < Duration::from_secs(1) {
+        return Err("at least 1: heartbeats come each half second".to_owned());
+    }
+    Ok(limit)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_declaration_holds_together() {
+        command().debug_assert();
+    }
+
+    #[test]
+    fn values_are_checked() {
+        assert!(named("a b").is_err() && named("").is_err() && named("node-1").is_ok());
+        assert!(resource("nvme=2").is_ok() && resource("nvme").is_err() && resource("=1").is_err());
+        assert!(seconds("-1").is_err() && seconds("nan").is_err() && seconds("0").is_ok());
+        assert!(dead_after("0.5").is_err() && dead_after("3").is_ok());
+        assert!(gpus("1025").is_err() && gpus("-1").is_err() && gpus("8").is_ok());
+    }
+}
