@@ -296,7 +296,7 @@ impl Calling {
                 },
                 Some((endpoint, session)) = fresh.recv() => {
                     let id = self.next_session();
-                    let (control, _) = session::run(id, session, None, self.events.clone());
+                    let (control, _) = session::run(id, session, None, self.events.clone(), self.counters.clone());
                     if let Some((_, old)) = called.replace((endpoint, control)) {
                         old.abort(CloseCode::Replaced, "dialled again");
                     }
@@ -316,7 +316,7 @@ impl Calling {
             task
         });
         let peer = session.link.peer().node;
-        nodes.insert(peer, session::run(id, session, older, self.events.clone()));
+        nodes.insert(peer, session::run(id, session, older, self.events.clone(), self.counters.clone()));
     }
 
     /// A node's heartbeats.
@@ -437,6 +437,3 @@ async fn tick(pulses: Pulses) {
         sleep(due.saturating_duration_since(Instant::now())).await;
     }
 }
-
-#[cfg(test)]
-mod tests;

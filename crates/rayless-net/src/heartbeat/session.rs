@@ -1,7 +1,10 @@
 //! Control sessions as the main thread sees them: messages out through a bounded queue, messages in as events.
 
 use super::NetEvent;
-use crate::quic::{CloseCause, CloseCode, Link, Receiver, Sender, Session};
+use crate::{
+    counters::{Counters, Refused},
+    quic::{CloseCause, CloseCode, Link, Receiver, Sender, Session},
+};
 use rayless_proto::{ids::NodeId, limits::MAX_CONTROL_MESSAGE};
 use std::{
     net::SocketAddr,
@@ -101,6 +104,7 @@ pub(super) fn run(
     session: Session,
     older: Option<JoinHandle<()>>,
     events: mpsc::Sender<NetEvent>,
+    counters: Arc<Counters>,
 ) -> (ControlSession, JoinHandle<()>) {
     let (queue, outgoing) = mpsc::unbounded_channel();
     let queued = Arc::new(AtomicUsize::new(0));
@@ -116,6 +120,9 @@ pub(super) fn run(
         }
         let writer = tokio::spawn(write(link.clone(), sender, outgoing, queued));
         let cause = read(id, receiver, &events).await;
+        if let CloseCause::Violation(what) = &cause {
+            counters.report(Refused::Malformed, link.peer_address(), what);
+        }
         writer.abort();
         link.close(CloseCode::Done, "");
         let _ = events.send(NetEvent::Closed { session: id, cause }).await;

@@ -1,0 +1,10 @@
+//! Sessions between real sockets on this host's loopback interface.
+
+#[cfg(test)]
+mod net_thread;
+#[cfg(test)]
+mod quic;
+#[cfg(test)]
+mod support;
+#[cfg(test)]
+mod tcp;
