@@ -5,7 +5,7 @@
 use rayless_proto::{
     ids::{GroupId, NodeId},
     resources::{CPU, GPU, MEMORY, Resources},
-    v1::status::{GpuState, GroupStatus, NodeStatus, StatusReport},
+    v1::status::{GpuState, GroupStatus, NodeState, NodeStatus, StatusReport},
 };
 use std::{
     collections::BTreeMap,
@@ -83,9 +83,10 @@ pub fn environment(report: &StatusReport) -> String {
 }
 
 fn node_row(node: &NodeStatus) -> [String; 9] {
+    let is_gone = matches!(node.state, NodeState::Dead | NodeState::Left);
     let used = |name: &str| {
         let total = node.resources.get(name);
-        if total.is_zero() {
+        if total.is_zero() || is_gone {
             return "-".to_owned();
         }
         let free = node.available.get(name);
@@ -108,7 +109,7 @@ fn node_row(node: &NodeStatus) -> [String; 9] {
         if node.rtt_us == 0 { "-".to_owned() } else { format!("{} us", node.rtt_us) },
         used(CPU),
         used(GPU),
-        format!("{}/{} GiB", gib(memory_used.as_f64()), gib(memory.as_f64())),
+        if is_gone { "-".to_owned() } else { format!("{}/{} GiB", gib(memory_used.as_f64()), gib(memory.as_f64())) },
         other.join(", "),
     ]
 }
@@ -211,7 +212,7 @@ mod tests {
         resources::Quantity,
         v1::{
             control::{NodeEnv, WorkerState},
-            status::{Event, GpuStatus, GroupState, NodeState, WorkerStatus},
+            status::{Event, GpuStatus, GroupState, WorkerStatus},
         },
     };
 

@@ -22,7 +22,7 @@ use rayless_proto::{
     },
 };
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     path::PathBuf,
     time::{Duration, Instant},
 };
@@ -207,7 +207,7 @@ impl Core {
                 self.wire.welcomed(head, dead_after);
                 tracing::info!(head = %head.short(), your_address, "member of the cluster");
                 self.wait = None;
-                self.tell_draining();
+                self.tell_what_is_here();
                 self.send_requests_again(now);
                 if first {
                     talk(Talk::Ready(Ready {
@@ -331,6 +331,7 @@ impl Core {
             info: self.info.clone(),
             head_address: self.head_ip.clone(),
             held: held.cloned().collect(),
+            ended: self.ended.iter().cloned().collect(),
             held_placement_groups: self.placement_groups.values().cloned().collect(),
         }
     }
@@ -387,6 +388,7 @@ impl Core {
         self.phase = Phase::Up;
         self.keepers.clear();
         self.ending.clear();
+        self.ended.clear();
         self.placement_groups.clear();
         let next = self.run.next_incarnation().unwrap_or_else(|error| {
             tracing::error!(%error, "the new incarnation is not saved");

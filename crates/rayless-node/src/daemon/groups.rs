@@ -9,6 +9,7 @@ use super::{
 use crate::inventory::{Inventory, gpu::Probe};
 use rayless_proto::{
     ids::{GroupId, NodeId},
+    limits::MAX_ENDED_GROUPS,
     v1::{
         control::{RankAllocation, ToHead},
         keeper::{FromKeeper, KeeperConfig},
@@ -48,7 +49,7 @@ impl Core {
             Ok(leaf) => leaf,
             Err(error) => {
                 let cause = format!("no identity for a keeper on {}: {error}", self.info.name);
-                self.tell_head(ToHead::GroupEnded { group, cause });
+                self.tell_ended(group, cause);
                 return;
             }
         };
@@ -116,7 +117,7 @@ impl Core {
                 self.keepers.remove(&group);
                 keepers::forget(&self.run, group);
                 let cause = format!("{} cannot start its workers: {}", self.info.name, one_line(&cause));
-                self.tell_head(ToHead::GroupEnded { group, cause });
+                self.tell_ended(group, cause);
             }
         }
     }
@@ -146,7 +147,7 @@ impl Core {
         let still_held: BTreeSet<u32> = self.keepers.values().flat_map(Keeper::gpus).collect();
         let before: Used = keeper.used.into_iter().filter(|(index, _)| !still_held.contains(index)).collect();
         if before.is_empty() {
-            self.tell_head(ToHead::GroupEnded { group, cause });
+            self.tell_ended(group, cause);
         } else {
             // The head hears that GPUs drain before it hears that they are given back.
             self.ending.insert(group, (keeper.held, cause));
@@ -173,14 +174,27 @@ impl Core {
         self.end_group(group);
     }
 
+    /// What the group held here is free.
+    fn tell_ended(&mut self, group: GroupId, cause: String) {
+        if self.ended.len() >= MAX_ENDED_GROUPS {
+            self.ended.pop_front();
+        }
+        self.ended.push_back((group, cause.clone()));
+        self.tell_head(ToHead::GroupEnded { group, cause });
+    }
+
     fn end_group(&mut self, group: GroupId) {
         if let Some((_, cause)) = self.ending.remove(&group) {
-            self.tell_head(ToHead::GroupEnded { group, cause });
+            self.tell_ended(group, cause);
         }
     }
 
-    /// After a join: the new session knows nothing of GPUs that drain.
-    pub(crate) fn tell_draining(&mut self) {
+    /// After a join: what the new session knows nothing of.
+    pub(crate) fn tell_what_is_here(&mut self) {
+        let up = self.keepers.iter().filter(|(_, keeper)| keeper.is_up() && keeper.stopping.is_none());
+        for group in up.map(|(group, _)| *group).collect::<Vec<_>>() {
+            self.tell_head(ToHead::KeeperReady { group });
+        }
         let gpus: BTreeSet<u32> = self.draining.values().flatten().copied().collect();
         if !gpus.is_empty() {
             self.tell_head(ToHead::GpuDraining { gpus: gpus.into_iter().map(|index| (index, true)).collect() });

@@ -37,7 +37,7 @@ use rayless_proto::{
     v1::control::{NodeInfo, Refusal, RefusalKind},
 };
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, VecDeque},
     env, fs,
     net::{IpAddr, SocketAddr},
     path::PathBuf,
@@ -233,6 +233,7 @@ async fn start(config: DaemonConfig, lock: RunDirLock, talk: &mut dyn FnMut(Talk
         inside: None,
         keepers,
         ending: BTreeMap::new(),
+        ended: VecDeque::new(),
         draining: BTreeMap::new(),
         placement_groups: BTreeMap::new(),
         clients: BTreeMap::new(),

@@ -234,8 +234,11 @@ pub enum ToHead {
         info: NodeInfo,
         /// IP address of the head as this node dialled it.
         head_address: String,
-        /// Groups that it still runs.
+        /// Groups that it still runs: keepers that are starting, up, or ending and not yet reaped.
         held: Vec<HeldGroup>,
+        /// Groups whose part here has ended in this life of the daemon (the last 64 will do), with the cause that
+        /// `GroupEnded` gave: that message may have been lost with its session.
+        ended: Vec<(GroupId, String)>,
         /// Placement groups that it still holds bundles of.
         held_placement_groups: Vec<HeldPlacementGroup>,
     },
@@ -301,7 +304,8 @@ pub enum ToHead {
         /// What it is now.
         state: WorkerState,
     },
-    /// This node's part of the group is over and its processes are reaped.
+    /// This node's part of the group is over and its processes are reaped: what it held is free from here on (so
+    /// `GpuDraining` comes before). Also the answer to a `StopKeeper` for a group that the node does not hold.
     GroupEnded {
         /// The group.
         group: GroupId,
