@@ -6,7 +6,7 @@
 
 use super::{
     Head,
-    model::{Bundle, Group, Keeper, Part, Phase, PlacementGroup},
+    model::{Brought, Bundle, Group, Keeper, Part, Phase, PlacementGroup},
 };
 use crate::pool::Pool;
 use rayless_proto::{
@@ -19,14 +19,12 @@ use std::{
 };
 
 impl Head {
-    pub(super) fn compare_books(
-        &mut self,
-        node: NodeId,
-        reborn: bool,
-        held: &[HeldGroup],
-        held_bundles: &[HeldPlacementGroup],
-        now: Instant,
-    ) {
+    pub(super) fn compare_books(&mut self, node: NodeId, reborn: bool, brought: &Brought, now: Instant) {
+        let Brought { held, ended, held_bundles } = brought;
+        for (id, cause) in ended {
+            // Said before, as a rule: then it changes nothing.
+            self.on_group_ended(node, *id, cause, now);
+        }
         let start_again = self.drop_parts_not_held(node, held, now);
         self.rebuild_pool(node, !reborn, now);
         self.adopt_bundles(node, held_bundles, now);

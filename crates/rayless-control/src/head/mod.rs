@@ -36,7 +36,7 @@ pub use io::{Effect, HeadConfig, Input};
 pub use state::RestoreError;
 
 use crate::SessionId;
-use model::{Group, Node, PlacementGroup, Requester, Session, StopWait, Waiting};
+use model::{Brought, Group, Node, PlacementGroup, Requester, Session, StopWait, Waiting};
 use rayless_proto::{
     ids::{ClusterId, GroupId, NodeId, PlacementGroupId, RequestId},
     limits::{MAX_EVENTS, MAX_TOMBSTONES},
@@ -156,9 +156,10 @@ impl Head {
     fn on_message(&mut self, session: SessionId, message: ToHead, now: Instant) {
         let Some(opened) = self.sessions.get(&session) else { return };
         let from = opened.node;
-        if let ToHead::Join { info, held, held_placement_groups, .. } = message {
+        if let ToHead::Join { info, held, ended, held_placement_groups, .. } = message {
             if !opened.joined {
-                self.on_join(session, info, held, held_placement_groups, now);
+                let brought = Brought { held, ended, held_bundles: held_placement_groups };
+                self.on_join(session, info, &brought, now);
             }
             return;
         }

@@ -5,7 +5,7 @@ use rayless_proto::{
     ids::{GroupId, Incarnation, NodeId, PlacementGroupId, RequestId},
     resources::{Allocation, Resources, Strategy},
     v1::{
-        control::{GroupSpec, NodeInfo, RankAllocation, WorkerState},
+        control::{GroupSpec, HeldGroup, HeldPlacementGroup, NodeInfo, RankAllocation, WorkerState},
         status::{GroupState, NodeState},
     },
 };
@@ -21,6 +21,14 @@ pub(super) struct Session {
     pub(super) node: NodeId,
     pub(super) address: String,
     pub(super) joined: bool,
+}
+
+/// What a joining node says of groups.
+#[derive(Debug, Clone)]
+pub(super) struct Brought {
+    pub(super) held: Vec<HeldGroup>,
+    pub(super) ended: Vec<(GroupId, String)>,
+    pub(super) held_bundles: Vec<HeldPlacementGroup>,
 }
 
 /// A node that joined at least once.

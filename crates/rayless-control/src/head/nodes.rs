@@ -2,7 +2,7 @@
 
 use super::{
     Effect, Head,
-    model::{Group, Node, Phase, Requester},
+    model::{Brought, Group, Node, Phase, Requester},
 };
 use crate::{SessionId, liveness::Transition, pool::Pool};
 use rayless_proto::{
@@ -10,21 +10,14 @@ use rayless_proto::{
     limits::{MAX_GONE_NODES, MAX_NAME, MAX_RESOURCES},
     resources::{GPU, Quantity},
     v1::{
-        control::{HeldGroup, HeldPlacementGroup, NodeInfo, Refusal, RefusalKind, ToNode},
+        control::{HeldGroup, NodeInfo, Refusal, RefusalKind, ToNode},
         status::NodeState,
     },
 };
 use std::{collections::BTreeSet, net::IpAddr, time::Instant};
 
 impl Head {
-    pub(super) fn on_join(
-        &mut self,
-        session: SessionId,
-        info: NodeInfo,
-        held: Vec<HeldGroup>,
-        held_bundles: Vec<HeldPlacementGroup>,
-        now: Instant,
-    ) {
+    pub(super) fn on_join(&mut self, session: SessionId, info: NodeInfo, brought: &Brought, now: Instant) {
         if let Err(refusal) = self.check_join(session, &info) {
             self.note_repeated("node-refused", format!("node {} was refused: {}", info.name, refusal.cause), now);
             self.turn_away(session, info.id, ToNode::Refused(refusal));
@@ -38,8 +31,8 @@ impl Head {
                 self.effects.push_back(Effect::Close { session });
                 return;
             }
-            if incarnation == *present && *state == NodeState::Dead && !self.any_lives(&held) {
-                return self.fence(session, &info, &held, cause.clone(), now);
+            if incarnation == *present && *state == NodeState::Dead && !self.any_lives(&brought.held) {
+                return self.fence(session, &info, &brought.held, cause.clone(), now);
             }
         }
         let reborn = known.as_ref().is_some_and(|(present, ..)| *present < incarnation);
@@ -61,10 +54,11 @@ impl Head {
         if reborn {
             self.forget_requests(id, Some(incarnation), "its daemon was restarted before the group was placed", now);
         }
-        self.compare_books(id, reborn, &held, &held_bundles, now);
+        self.compare_books(id, reborn, brought, now);
         if before.is_some_and(|b| b != NodeState::Alive) {
             self.send_verdicts(id);
         }
+        self.send_verdicts_to(id);
         self.shape += 1;
         self.stirred = true;
         self.dirty = true;
@@ -311,6 +305,19 @@ impl Head {
         let concerned: BTreeSet<NodeId> = live.filter(|nodes| nodes.contains(&id)).flatten().collect();
         for to in concerned.into_iter().filter(|to| *to != id) {
             let message = ToNode::NodeVerdict { node: id, name: name.clone(), state, cause: cause.clone() };
+            self.send(to, message);
+        }
+    }
+
+    /// Tells a node that just joined what the head holds the other nodes of its groups for.
+    fn send_verdicts_to(&mut self, to: NodeId) {
+        let live = self.groups.values().filter(|g| g.phase.is_live()).map(Group::nodes);
+        let others: BTreeSet<NodeId> =
+            live.filter(|nodes| nodes.contains(&to)).flatten().filter(|n| *n != to).collect();
+        for other in others {
+            let Some(node) = self.nodes.get(&other) else { continue };
+            let (name, cause) = (node.info.name.clone(), node.cause.clone());
+            let message = ToNode::NodeVerdict { node: other, name, state: node.state, cause };
             self.send(to, message);
         }
     }

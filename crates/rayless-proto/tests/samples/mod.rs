@@ -29,6 +29,7 @@ pub fn to_head() -> Vec<ToHead> {
             info: info(),
             head_address: "10.0.0.1".into(),
             held: vec![held()],
+            ended: vec![(GROUP, "rank 1 was killed".into())],
             held_placement_groups: vec![held_placement_group()],
         },
         ToHead::Leave,
