@@ -61,6 +61,8 @@ pub(crate) struct Core {
     pub(crate) keepers: BTreeMap<GroupId, Keeper>,
     /// Groups whose keeper is gone while the memory of their GPUs is looked at: still held, cause not yet told to the head.
     pub(crate) ending: BTreeMap<GroupId, (HeldGroup, String)>,
+    /// The last groups that ended here, with their causes: what was told of them may have been lost with its session.
+    pub(crate) ended: VecDeque<(GroupId, String)>,
     /// GPUs whose memory is not back, by group.
     pub(crate) draining: BTreeMap<GroupId, BTreeSet<u32>>,
     pub(crate) placement_groups: BTreeMap<PlacementGroupId, HeldPlacementGroup>,

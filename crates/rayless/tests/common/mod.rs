@@ -1,5 +1,5 @@
 //! Real processes of the command under test, ended whatever happens.
-#![allow(dead_code, reason = "each test file uses its part")]
+#![allow(dead_code, unreachable_pub, reason = "each test file uses its part")]
 
 use serde_json::Value;
 use std::{
