@@ -18,6 +18,7 @@
 
 pub mod client;
 pub mod driver;
+mod event;
 pub mod host;
 pub mod keeper;
 pub mod ring;

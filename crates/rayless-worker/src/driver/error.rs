@@ -136,6 +136,9 @@ pub enum StartError {
         /// Who is not ready.
         missing: Vec<Rank>,
     },
+    /// The caller's progress function said to give up.
+    #[error("the start was given up")]
+    GivenUp,
     /// This host's threads, descriptors or shared memory could not be set up.
     #[error("cannot set up the group on this host: {0}")]
     Io(#[from] std::io::Error),

@@ -1,19 +1,41 @@
 //! The driver's side: start a group, call it, learn of its end.
+//!
+//! Threads of a group: the caller's own, which while it waits for a call does all of the receiving; the *pump*, which does it while nobody
+//! waits and keeps the sessions alive (`shared`); and one that runs the driver's callbacks (`callbacks`). What they share is `core`.
 
+mod callbacks;
+mod calls;
+mod connect;
+mod core;
 mod error;
+mod placed;
+mod shared;
+mod versions;
 
+pub use callbacks::Callbacks;
 pub use error::{CallError, GroupFailure, StartError};
+pub use placed::Placed;
+
+use self::core::{Core, End};
+use calls::Slot;
 
 use rayless_proto::{
     ids::{CallId, GroupId, NodeId, PlacementGroupId, Rank},
+    limits::REAP_TIMEOUT,
     resources::{Resources, Strategy},
     v1::{
         control::{NeedHave, NodeEnv, PlacedNode, Placement},
         local::LeafBundle,
-        step::Launch,
     },
 };
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use shared::Shared;
+use std::{
+    fmt,
+    path::PathBuf,
+    sync::{Arc, Mutex, OnceLock, PoisonError},
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
 
 /// What to place.
 #[derive(Debug, Clone)]
@@ -91,20 +113,6 @@ pub struct RankInfo {
     pub node_env: Vec<NodeEnv>,
 }
 
-/// Calls that the start and the life of a group make on the driver. Each runs on a thread of its own, never on the caller's
-/// and never on the one that keeps the sessions alive, so that it may block.
-#[derive(Default)]
-pub struct Callbacks {
-    /// Lines of the workers' output. Dropped (and counted) while this is slow.
-    pub on_log: Option<Box<dyn Fn(LogLine) + Send>>,
-    /// The group failed: once.
-    pub on_failure: Option<Box<dyn FnOnce(GroupFailure) + Send>>,
-}
-
-/// A group whose keepers wait for its driver.
-#[derive(Debug)]
-pub struct Placed {}
-
 /// The parts of a placement, for a driver without a daemon (tests).
 #[derive(Debug, Clone)]
 pub struct PlacedParts {
@@ -126,39 +134,6 @@ pub struct PlacedParts {
     pub versions: Vec<(String, String)>,
 }
 
-impl Placed {
-    /// A group placed by other means than the local daemon.
-    pub fn from_parts(_parts: PlacedParts) -> Self {
-        unimplemented!()
-    }
-
-    /// Its id.
-    pub fn group(&self) -> GroupId {
-        unimplemented!()
-    }
-
-    /// Its ranks in ascending order.
-    pub fn ranks(&self) -> &[RankInfo] {
-        unimplemented!()
-    }
-
-    /// Opens the sessions, starts the workers, and returns when every rank is ready and their versions agree. `timeout` bounds
-    /// it from here on (loading code, not weights). `on_progress` runs on the calling thread; where it returns `false` the start is
-    /// given up (it is called at least each 200 ms, with `None` where there is no news, so that signals can be looked at).
-    ///
-    /// # Errors
-    /// [`StartError`]; whatever was started is ended.
-    pub fn launch(
-        self,
-        _launch: Launch,
-        _timeout: Duration,
-        _callbacks: Callbacks,
-        _on_progress: &mut dyn FnMut(Option<Progress>) -> bool,
-    ) -> Result<WorkerGroup, StartError> {
-        unimplemented!()
-    }
-}
-
 /// Which ranks' replies a call waits for. Every rank runs it in any case.
 #[derive(Debug, Clone)]
 pub enum Asked {
@@ -174,38 +149,67 @@ pub struct Reply {
     /// The rank.
     pub rank: Rank,
     /// What it gave to `Worker::reply`.
-    pub payload: Vec<u8>,
+    pub payload: Arc<Vec<u8>>,
 }
 
-/// A running group. Dropping the last handle stops it. Cheap to clone; usable from any thread.
-#[derive(Debug, Clone)]
-pub struct WorkerGroup {}
+/// A running group. Dropping the last handle stops it (in the process that started it: a forked child's copy does nothing). Cheap to
+/// clone; usable from any thread.
+#[derive(Clone)]
+pub struct WorkerGroup {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    id: GroupId,
+    ranks: Arc<[RankInfo]>,
+    pids: OnceLock<Vec<(Rank, u32)>>,
+    shared: Arc<Shared>,
+    pump: Mutex<Option<JoinHandle<()>>>,
+    /// The process that started it.
+    owner: u32,
+}
+
+impl fmt::Debug for WorkerGroup {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("WorkerGroup").field("id", &self.inner.id).finish_non_exhaustive()
+    }
+}
 
 impl WorkerGroup {
+    fn new(id: GroupId, ranks: Arc<[RankInfo]>, shared: Arc<Shared>, pump: JoinHandle<()>) -> Self {
+        let pump = Mutex::new(Some(pump));
+        let owner = std::process::id();
+        Self { inner: Arc::new(Inner { id, ranks, pids: OnceLock::new(), shared, pump, owner }) }
+    }
+
+    fn set_pids(&self, pids: Vec<(Rank, u32)>) {
+        let _ = self.inner.pids.set(pids);
+    }
+
     /// Asks the local daemon to place a group; comes back when its keepers wait for this driver. `on_progress` as in [`Placed::launch`].
     ///
     /// # Errors
-    /// [`StartError::Client`].
+    /// [`StartError::Client`], and [`StartError::GivenUp`] where `on_progress` said so.
     pub fn place(
-        _options: GroupOptions,
-        _on_progress: &mut dyn FnMut(Option<Progress>) -> bool,
+        options: GroupOptions,
+        on_progress: &mut dyn FnMut(Option<Progress>) -> bool,
     ) -> Result<Placed, StartError> {
-        unimplemented!()
+        placed::place(options, on_progress)
     }
 
     /// Its id.
     pub fn id(&self) -> GroupId {
-        unimplemented!()
+        self.inner.id
     }
 
     /// Its ranks in ascending order.
     pub fn ranks(&self) -> &[RankInfo] {
-        unimplemented!()
+        &self.inner.ranks
     }
 
-    /// Process of each rank.
+    /// Process of each rank, in ascending rank.
     pub fn pids(&self) -> Vec<(Rank, u32)> {
-        unimplemented!()
+        self.inner.pids.get().cloned().unwrap_or_default()
     }
 
     /// Sends `payload` to every rank, to be run in the order of these calls. Never blocks: what the ring or a session does not take at
@@ -215,59 +219,115 @@ impl WorkerGroup {
     /// [`CallError::TooManyInFlight`], [`CallError::TooLarge`], [`CallError::NoSuchRank`], [`CallError::Failed`], [`CallError::Stopped`].
     pub fn call(
         &self,
-        _payload: impl Into<Arc<[u8]>>,
-        _asked: &Asked,
-        _timeout: Option<Duration>,
+        payload: impl Into<Arc<[u8]>>,
+        asked: &Asked,
+        timeout: Option<Duration>,
     ) -> Result<Call, CallError> {
-        unimplemented!()
+        let world_size = self.inner.ranks.len() as u32;
+        let asked = match asked {
+            Asked::All => (0..world_size).collect(),
+            Asked::Ranks(ranks) => {
+                if let Some(rank) = ranks.iter().find(|rank| **rank >= world_size) {
+                    return Err(CallError::NoSuchRank { rank: *rank, world_size });
+                }
+                let mut ranks = ranks.clone();
+                ranks.sort_unstable();
+                ranks.dedup();
+                ranks
+            }
+        };
+        let payload = payload.into();
+        let (id, slot) = self.inner.shared.with(|core| core.call(payload, asked, timeout))?;
+        Ok(Call { id, slot, shared: Arc::clone(&self.inner.shared) })
     }
 
     /// Why the group is over, if it failed.
     pub fn failure(&self) -> Option<GroupFailure> {
-        unimplemented!()
+        self.inner.shared.with(|core| match &core.end {
+            Some(End::Failed(failure)) => Some(failure.clone()),
+            _ => None,
+        })
     }
 
     /// Waits until the group fails (`Some`) or is stopped or `timeout` passes (`None`).
-    pub fn wait_failed(&self, _timeout: Option<Duration>) -> Option<GroupFailure> {
-        unimplemented!()
+    pub fn wait_failed(&self, timeout: Option<Duration>) -> Option<GroupFailure> {
+        self.inner.shared.wait_failed(timeout)
     }
 
-    /// Ends the group: workers leave their loop, are killed after 2 s, and are reaped when this returns (within 5 s). Idempotent.
+    /// Ends the group: workers leave their loop, are killed after 2 s, and are reaped when this returns (within 8 s; a failed group
+    /// within 5 s). Idempotent.
     pub fn stop(&self) {
-        unimplemented!()
+        self.inner.stop();
+    }
+}
+
+impl Inner {
+    fn stop(&self) {
+        self.shared.with(Core::stop);
+        let pump = self.pump.lock().unwrap_or_else(PoisonError::into_inner).take();
+        match pump {
+            Some(pump) => {
+                let _ = pump.join();
+            }
+            // Another thread is in here already.
+            None => self.shared.wait_change(Instant::now() + 2 * REAP_TIMEOUT, |core| core.over),
+        }
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        // A forked child has a copy of everything but the threads; the sessions are its parent's.
+        if self.owner == std::process::id() {
+            self.stop();
+        }
     }
 }
 
 /// A call under way. Dropping it lets the call run on; its replies are dropped.
-#[derive(Debug)]
-pub struct Call {}
+pub struct Call {
+    id: CallId,
+    slot: Slot,
+    shared: Arc<Shared>,
+}
+
+impl fmt::Debug for Call {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Call").field("id", &self.id).field("done", &self.is_done()).finish()
+    }
+}
 
 impl Call {
     /// Its id.
-    pub fn id(&self) -> CallId {
-        unimplemented!()
+    pub const fn id(&self) -> CallId {
+        self.id
     }
 
-    /// Waits for the asked ranks' replies, in ascending rank.
+    /// Waits for the asked ranks' replies, in ascending rank. The waiting thread receives by itself, which is the quickest way to them.
     ///
     /// # Errors
     /// [`CallError`].
     pub fn wait(&self) -> Result<Vec<Reply>, CallError> {
-        unimplemented!()
+        self.shared.wait(&self.slot)
     }
 
     /// As [`Self::wait`], but gives up after `timeout` or when a signal arrives (`None`); the call goes on.
-    pub fn wait_for(&self, _timeout: Duration) -> Option<Result<Vec<Reply>, CallError>> {
-        unimplemented!()
+    pub fn wait_for(&self, timeout: Duration) -> Option<Result<Vec<Reply>, CallError>> {
+        self.shared.wait_for(&self.slot, timeout)
     }
 
     /// Whether [`Self::wait`] would return at once.
     pub fn is_done(&self) -> bool {
-        unimplemented!()
+        self.slot.get().is_some()
+    }
+
+    /// Asked ranks that have not answered yet.
+    pub fn missing(&self) -> Vec<Rank> {
+        if self.is_done() { Vec::new() } else { self.shared.with(|core| core.missing(self.id)) }
     }
 
     /// Runs `callback` when the call is done (at once where it is), on the group's callback thread. At most one per call.
-    pub fn on_done(&self, _callback: Box<dyn FnOnce() + Send>) {
-        unimplemented!()
+    pub fn on_done(&self, callback: Box<dyn FnOnce() + Send>) {
+        self.shared.with(|core| core.on_done(self.id, callback));
     }
 }

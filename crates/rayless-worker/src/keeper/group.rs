@@ -7,7 +7,7 @@ use super::{
     reap,
     step::{self, News, Order, StepSetup, StepThread},
 };
-use crate::{ring::Ring, session::plain_header};
+use crate::{event, ring::Ring, session::plain_header};
 use rayless_net::{framing, identity::TlsIdentity};
 use rayless_proto::{
     codec,
@@ -117,7 +117,7 @@ impl Group {
         let identity = TlsIdentity::from_bundle(&config.leaf).map_err(|e| KeeperError::Config(e.to_string()))?;
         let (ring_fd, ring) = Ring::create(config.ranks.len()).map_err(failed("cannot make the ring"))?;
         let ring = Arc::new(ring);
-        let replies = rustix::event::eventfd(0, step::eventfd_flags()).map_err(|e| failed("no eventfd")(e.into()))?;
+        let replies = event::create().map_err(failed("no eventfd"))?;
         let (news_sender, news) = mpsc::unbounded_channel();
         let (step, log) = StepThread::start(StepSetup {
             ring: Arc::clone(&ring),
@@ -214,7 +214,15 @@ impl Group {
                     let _ = daemon.send(FromKeeper::Held(self.held()));
                 }
             }
-            Caller::Said { message: ToKeeper::Stop { cause }, .. } => self.end(cause, None),
+            Caller::Said { message: ToKeeper::Stop { cause }, .. } => {
+                if cause.is_empty() && self.ending.is_none() {
+                    // In order for the workers; for the driver it is the end of its group all the same.
+                    let cause = format!("group {} was stopped (rayless stop)", self.config.group);
+                    let failed = KeeperEvent::Failed { rank: None, cause, tail: String::new() };
+                    self.step.order(Order::Event(failed, Vec::new()));
+                }
+                self.end(cause, None);
+            }
             Caller::Said { message: ToKeeper::NodeVerdict { node, state }, .. } => {
                 if node == self.config.driver_node {
                     self.step.order(Order::Verdict(state));

@@ -11,7 +11,7 @@ mod group;
 mod handle;
 mod logs;
 mod reap;
-pub(crate) mod step;
+mod step;
 
 pub use handle::{HandOver, KeeperHandle, KeeperRemote, adopt, spawn};
 

@@ -3,6 +3,7 @@
 //! It is a thread of its own, so that neither a flood of log lines nor a slow disk under the log files delays a step.
 
 use crate::{
+    event,
     ring::{AskedSet, CallWriter, Record, ReplyReader, Ring, RingError, spin_time, timespec},
     session::{Frame, OUTPUT_SOFT_LIMIT, Session, SessionError, plain_header},
 };
@@ -20,7 +21,7 @@ use std::{
     collections::HashMap,
     io,
     mem::MaybeUninit,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::OwnedFd,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -96,7 +97,7 @@ impl LogSender {
 
     /// After a batch of lines.
     pub(super) fn wake(&self) {
-        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+        event::notify(&self.wake);
     }
 }
 
@@ -115,7 +116,7 @@ pub(super) struct StepSetup {
 impl StepThread {
     pub(super) fn start(setup: StepSetup) -> io::Result<(Self, LogSender)> {
         let (orders, receiver) = channel();
-        let wake = Arc::new(rustix::event::eventfd(0, eventfd_flags())?);
+        let wake = Arc::new(event::create()?);
         let queued = Arc::new(AtomicUsize::new(0));
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         epoll::add(&epoll, &wake, epoll::EventData::new_u64(ORDERS), epoll::EventFlags::IN)?;
@@ -148,7 +149,7 @@ impl StepThread {
     pub(super) fn order(&self, order: Order) {
         // The thread ends only after `Finish`.
         let _ = self.orders.send(order);
-        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+        event::notify(&self.wake);
     }
 
     /// Sends what is queued (for half a second at most) and closes the session.
@@ -156,10 +157,6 @@ impl StepThread {
         self.order(Order::Finish);
         let _ = self.thread.join();
     }
-}
-
-pub(super) fn eventfd_flags() -> rustix::event::EventfdFlags {
-    rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK
 }
 
 /// A call whose fragments are coming in.
@@ -460,8 +457,8 @@ impl Step {
                     hung_up |=
                         flags.intersects(epoll::EventFlags::RDHUP | epoll::EventFlags::HUP | epoll::EventFlags::ERR);
                 }
-                REPLIES => clear(&self.setup.replies),
-                _ => clear(&self.wake),
+                REPLIES => event::clear(&self.setup.replies),
+                _ => event::clear(&self.wake),
             }
         }
         if hung_up && self.pending.is_some() {
@@ -535,10 +532,6 @@ fn count_down(owed: &mut HashMap<CallId, u32>, call: CallId) -> bool {
             true
         }
     }
-}
-
-pub(crate) fn clear(event: impl AsFd) {
-    let _ = rustix::io::read(event, &mut [0; 8]);
 }
 
 const fn broken(what: String) -> SessionError {

@@ -4,6 +4,7 @@ use super::{
     AT_SLEEPERS, AT_WAKE, AT_WRITE, AT_WRITER_WAITS, RECORD_HEAD, Ring, RingError, SLOT_GONE, SLOT_READ, Waited,
     wait_word,
 };
+use crate::event;
 use rayless_proto::{
     ids::CallId,
     limits::{MAX_CALL, MAX_FRAGMENT, MAX_WORKERS_PER_HOST},
@@ -232,7 +233,7 @@ impl CallReader {
         fence(Ordering::SeqCst);
         let waits = self.ring.map.word32(AT_WRITER_WAITS);
         if waits.load(Ordering::SeqCst) != 0 && waits.swap(0, Ordering::SeqCst) != 0 {
-            let _ = rustix::io::write(eventfd, &1u64.to_ne_bytes());
+            event::notify(eventfd);
         }
     }
 

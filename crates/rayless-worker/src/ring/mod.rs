@@ -31,6 +31,7 @@ mod tests;
 pub(crate) use calls::{AskedSet, CallReader, CallWriter, Record};
 pub(crate) use replies::{ReplyReader, ReplyWriter};
 
+use crate::event;
 use map::Map;
 use rayless_proto::{
     ids::CallId,
@@ -216,7 +217,7 @@ impl Ring {
         fence(Ordering::SeqCst);
         let sleeps = self.map.word32(AT_COLLECTOR_SLEEPS);
         if sleeps.load(Ordering::SeqCst) != 0 && sleeps.swap(0, Ordering::SeqCst) != 0 {
-            let _ = rustix::io::write(eventfd, &1u64.to_ne_bytes());
+            event::notify(eventfd);
         }
     }
 

@@ -1,0 +1,93 @@
+//! Opening the step sessions of a placed group.
+
+use super::{PlacedParts, StartError};
+use crate::session::Session;
+use rayless_net::{framing, identity::TlsIdentity, unix};
+use rayless_proto::{
+    hello::{Hello, Purpose},
+    ids::GroupId,
+    limits::{HANDSHAKE_TIMEOUT, MAX_HELLO},
+    v1::control::PlacedNode,
+};
+use rustls::{ClientConnection, pki_types::ServerName};
+use std::{
+    io::{self, Read, Write},
+    net::{IpAddr, SocketAddr, TcpStream},
+    sync::Arc,
+    thread,
+};
+
+/// A session to the keeper on each of `nodes`, opened at the same time.
+pub(super) fn open_all(parts: &PlacedParts, nodes: &[&PlacedNode]) -> Result<Vec<Session>, StartError> {
+    let identity = TlsIdentity::from_bundle(&parts.leaf);
+    thread::scope(|scope| {
+        let opening: Vec<_> = nodes
+            .iter()
+            .map(|node| {
+                let identity = &identity;
+                scope.spawn(move || {
+                    let local = parts.local_keeper.as_ref().filter(|_| node.id == parts.local_node);
+                    let address = local.map_or_else(
+                        || format!("{}:{}", node.address, node.port),
+                        |socket| socket.display().to_string(),
+                    );
+                    let session = match (local, identity) {
+                        (Some(socket), _) => open_local(socket),
+                        (None, Ok(identity)) => open_remote(node, parts.group, identity),
+                        (None, Err(error)) => Err(io::Error::other(error.to_string())),
+                    };
+                    session.map_err(|error| StartError::Unreachable {
+                        name: node.name.clone(),
+                        address,
+                        cause: error.to_string(),
+                    })
+                })
+            })
+            .collect();
+        let joined = opening.into_iter().map(|thread| thread.join());
+        joined.map(|session| session.unwrap_or_else(|_| Err(io::Error::other("a thread panicked").into()))).collect()
+    })
+}
+
+fn open_local(socket: &std::path::Path) -> io::Result<Session> {
+    let mut stream = unix::connect_std(socket).map_err(io::Error::other)?;
+    stream.write_all(b"L")?;
+    Session::local(stream)
+}
+
+fn open_remote(node: &PlacedNode, group: GroupId, identity: &TlsIdentity) -> io::Result<Session> {
+    let address: IpAddr = node.address.parse().map_err(io::Error::other)?;
+    let mut socket = TcpStream::connect_timeout(&SocketAddr::new(address, node.port), HANDSHAKE_TIMEOUT)?;
+    socket.set_nodelay(true)?;
+    socket.set_read_timeout(Some(HANDSHAKE_TIMEOUT))?;
+    socket.set_write_timeout(Some(HANDSHAKE_TIMEOUT))?;
+    // The daemon there hands the connection to the keeper of that name.
+    let name = ServerName::try_from(format!("{group}.keeper.rayless")).map_err(io::Error::other)?;
+    let mut tls = ClientConnection::new(Arc::clone(&identity.client_config()), name).map_err(io::Error::other)?;
+    let mut stream = rustls::Stream::new(&mut tls, &mut socket);
+    let hello = Hello::of_this_build(Purpose::Step).encode();
+    let header = framing::header_of(hello.len(), MAX_HELLO).map_err(io::Error::other)?;
+    stream.write_all(&[&header[..], &hello].concat())?;
+    stream.flush()?;
+    let mut header = [0; framing::HEADER];
+    stream.read_exact(&mut header).map_err(|error| told(error, group))?;
+    let mut theirs = vec![0; framing::length_of(header, MAX_HELLO).map_err(io::Error::other)?];
+    stream.read_exact(&mut theirs)?;
+    Hello::decode(&theirs).and_then(|hello| hello.agree()).map_err(io::Error::other)?;
+    socket.set_read_timeout(None)?;
+    socket.set_write_timeout(None)?;
+    Session::remote(socket, tls)
+}
+
+/// A daemon that has no such keeper, or that does not trust this side, closes the connection.
+fn told(error: io::Error, group: GroupId) -> io::Error {
+    match error.kind() {
+        io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => {
+            io::Error::new(error.kind(), format!("closed by the node: it does not run group {group}"))
+        }
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
+            io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {HANDSHAKE_TIMEOUT:?}"))
+        }
+        _ => error,
+    }
+}

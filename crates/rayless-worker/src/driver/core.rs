@@ -1,0 +1,685 @@
+//! The state of a running group in its driver: one lock, no blocking under it.
+//!
+//! Whoever holds the lock moves bytes: the caller sends, a waiting caller or the pump receives. See `shared` for who does when.
+
+use super::{
+    CallError, GroupFailure, LogLine, Progress, RankInfo,
+    callbacks::CallbackThread,
+    calls::{Pending, Slot},
+};
+use crate::{
+    client::LocalClient,
+    event,
+    ring::{AskedSet, CallWriter, Record, ReplyReader, Ring, RingError},
+    session::{Frame, OUTPUT_SOFT_LIMIT, Session, SessionError, plain_header},
+};
+use rayless_proto::{
+    codec,
+    ids::{CallId, NodeId, Rank},
+    limits::{HEARTBEAT_PERIOD, MAX_CALL, MAX_CALLS_IN_FLIGHT, MAX_FRAGMENT, OBSERVER_LATE, REAP_TIMEOUT},
+    v1::{
+        status::NodeState,
+        step::{FLAG_ERROR, FLAG_LAST, Header, KeeperEvent, Kind},
+    },
+};
+use rustix::event::epoll::{self, EventData, EventFlags};
+use std::{
+    collections::{BTreeMap, HashMap, VecDeque},
+    io,
+    os::fd::{AsFd, OwnedFd},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+/// What a session carries at once of a large call: the rest follows as the peer takes it.
+const WIRE_FRAGMENT: usize = 256 << 10;
+/// An orderly stop gives the workers 2 s before they are killed.
+const STOP_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// In the hot epoll set: the eventfd by which workers of this host wake the collector. Lower numbers are sessions.
+pub(super) const REPLIES: u64 = u64::MAX;
+
+/// How a group ended.
+#[derive(Clone)]
+pub(super) enum End {
+    Failed(GroupFailure),
+    Stopped,
+}
+
+impl End {
+    pub(super) fn as_error(&self) -> CallError {
+        match self {
+            Self::Failed(failure) => CallError::Failed(failure.clone()),
+            Self::Stopped => CallError::Stopped,
+        }
+    }
+}
+
+/// A call on its way to one peer.
+struct Outgoing {
+    call: CallId,
+    /// Asked ranks, a u32 each.
+    asked: Arc<[u8]>,
+    payload: Arc<[u8]>,
+    at: usize,
+    begun: bool,
+}
+
+/// A keeper and the session with it.
+pub(super) struct Peer {
+    pub(super) node: NodeId,
+    pub(super) name: String,
+    pub(super) address: String,
+    pub(super) local: bool,
+    /// In the order of its ring's readers.
+    pub(super) ranks: Vec<Rank>,
+    session: Option<Session>,
+    outgoing: VecDeque<Outgoing>,
+    interest: EventFlags,
+}
+
+impl Peer {
+    pub(super) const fn new(
+        node: NodeId,
+        name: String,
+        address: String,
+        local: bool,
+        ranks: Vec<Rank>,
+        session: Session,
+    ) -> Self {
+        let outgoing = VecDeque::new();
+        Self { node, name, address, local, ranks, session: Some(session), outgoing, interest: EventFlags::IN }
+    }
+
+    /// Queues what fits and sends what the kernel takes.
+    pub(super) fn send(&mut self) -> Result<(), SessionError> {
+        let Some(session) = &mut self.session else { return Ok(()) };
+        loop {
+            while session.queued() < OUTPUT_SOFT_LIMIT {
+                let Some(out) = self.outgoing.front_mut() else { break };
+                let end = out.payload.len().min(out.at + WIRE_FRAGMENT);
+                let last = end == out.payload.len();
+                let asked: &[u8] = if std::mem::replace(&mut out.begun, true) { &[] } else { &out.asked };
+                let header = Header {
+                    flags: if last { FLAG_LAST } else { 0 },
+                    asked: (asked.len() / 4) as u32,
+                    call: out.call,
+                    ..plain_header(Kind::Call)
+                };
+                session.queue(header, &[asked, &out.payload[out.at..end]]);
+                out.at = end;
+                if last {
+                    self.outgoing.pop_front();
+                }
+            }
+            session.flush()?;
+            if self.outgoing.is_empty() || session.queued() > 0 {
+                return Ok(());
+            }
+        }
+    }
+
+    fn wants_room(&self) -> bool {
+        !self.outgoing.is_empty() || self.session.as_ref().is_some_and(|session| session.queued() > 0)
+    }
+}
+
+/// The ring of this host.
+struct LocalRing {
+    ring: Arc<Ring>,
+    writer: CallWriter,
+    readers: Vec<ReplyReader>,
+    ranks: Vec<Rank>,
+    event: OwnedFd,
+    outgoing: VecDeque<(Outgoing, AskedSet)>,
+}
+
+impl LocalRing {
+    /// Writes what there is room for, and wakes the workers once.
+    fn send(&mut self) -> Result<(), RingError> {
+        while let Some((out, asked)) = self.outgoing.front_mut() {
+            let end = out.payload.len().min(out.at + MAX_FRAGMENT);
+            let last = end == out.payload.len();
+            let record = Record { call: out.call, last, asked: *asked, payload: &out.payload[out.at..end] };
+            if !self.writer.push(&record)? {
+                break;
+            }
+            out.at = end;
+            if last {
+                self.outgoing.pop_front();
+            }
+        }
+        self.writer.wake();
+        Ok(())
+    }
+}
+
+/// News of the start, for the thread that starts the group.
+#[derive(Default)]
+pub(super) struct Starting {
+    pub(super) pids: BTreeMap<Rank, u32>,
+    pub(super) versions: BTreeMap<Rank, Vec<(String, String)>>,
+    pub(super) news: VecDeque<Progress>,
+}
+
+pub(super) struct Core {
+    pub(super) ranks: Arc<[RankInfo]>,
+    peers: Vec<Peer>,
+    local: Option<LocalRing>,
+    calls: BTreeMap<CallId, Pending>,
+    last_call: CallId,
+    pub(super) end: Option<End>,
+    /// Every keeper said that its processes are reaped, or is not waited for any more.
+    pub(super) over: bool,
+    give_up_at: Option<Instant>,
+    pub(super) starting: Starting,
+    callbacks: CallbackThread,
+    dead_after: Duration,
+    verdicts: HashMap<NodeId, (NodeState, String)>,
+    pub(super) client: Option<LocalClient>,
+    /// All that a waiting caller must see at once; also part of the pump's own set.
+    pub(super) hot: OwnedFd,
+    /// Something was decided that a waiting thread may wait for.
+    pub(super) changed: bool,
+}
+
+impl Core {
+    pub(super) fn new(
+        ranks: Arc<[RankInfo]>,
+        peers: Vec<Peer>,
+        callbacks: CallbackThread,
+        dead_after: Duration,
+        client: Option<LocalClient>,
+    ) -> io::Result<Self> {
+        let hot = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        for (index, peer) in peers.iter().enumerate() {
+            if let Some(session) = &peer.session {
+                epoll::add(&hot, session.fd(), EventData::new_u64(index as u64), peer.interest)?;
+            }
+        }
+        Ok(Self {
+            ranks,
+            peers,
+            local: None,
+            calls: BTreeMap::new(),
+            last_call: 0,
+            end: None,
+            over: false,
+            give_up_at: None,
+            starting: Starting::default(),
+            callbacks,
+            dead_after,
+            verdicts: HashMap::new(),
+            client,
+            hot,
+            changed: false,
+        })
+    }
+
+    // ---- sending
+
+    /// Sends a call to every rank.
+    pub(super) fn call(
+        &mut self,
+        payload: Arc<[u8]>,
+        asked: Vec<Rank>,
+        timeout: Option<Duration>,
+    ) -> Result<(CallId, Slot), CallError> {
+        if let Some(end) = &self.end {
+            return Err(end.as_error());
+        }
+        if payload.len() as u64 > MAX_CALL {
+            return Err(CallError::TooLarge(payload.len() as u64));
+        }
+        if self.calls.len() >= MAX_CALLS_IN_FLIGHT {
+            return Err(self.too_many());
+        }
+        let call = self.last_call + 1;
+        self.last_call = call;
+        let slot = Slot::default();
+        let list: Arc<[u8]> = asked.iter().flat_map(|rank| rank.to_le_bytes()).collect();
+        let outgoing = |payload| Outgoing { call, asked: Arc::clone(&list), payload, at: 0, begun: false };
+        let set = self.local.as_ref().map(|local| {
+            let mut set = AskedSet::default();
+            for (index, rank) in local.ranks.iter().enumerate() {
+                if asked.binary_search(rank).is_ok() {
+                    set.insert(index);
+                }
+            }
+            set
+        });
+        if asked.is_empty() {
+            let _ = slot.set(Ok(Vec::new()));
+        } else {
+            let timeout = timeout.map(|after| (Instant::now() + after, after));
+            self.calls.insert(call, Pending::new(asked, timeout, Arc::clone(&slot)));
+        }
+        // The other hosts first: their way is longer.
+        for index in 0..self.peers.len() {
+            if !self.peers[index].local {
+                self.peers[index].outgoing.push_back(outgoing(Arc::clone(&payload)));
+                self.send_to(index);
+            }
+        }
+        if let (Some(local), Some(set)) = (&mut self.local, set) {
+            local.outgoing.push_back((outgoing(payload), set));
+            self.send_local();
+        }
+        Ok((call, slot))
+    }
+
+    fn too_many(&self) -> CallError {
+        let oldest = self.calls.iter().find_map(|(call, pending)| Some((*call, pending.missing().first().copied()?)));
+        // A call that nobody owes anything is not in the map.
+        let (call, rank) = oldest.unwrap_or((self.last_call, 0));
+        // Of those that owe the oldest call, on this host the one furthest behind in the ring is the one to blame.
+        let furthest = self.local.as_ref().and_then(|local| local.ranks.get(local.writer.slowest()).copied());
+        let owes = |rank: &Rank| self.calls.get(&call).is_some_and(|pending| pending.missing().contains(rank));
+        let rank = furthest.filter(owes).unwrap_or(rank);
+        CallError::TooManyInFlight { in_flight: self.calls.len(), rank, node: self.node_name(rank), call }
+    }
+
+    fn node_name(&self, rank: Rank) -> String {
+        self.ranks.get(rank as usize).map(|info| info.node_name.clone()).unwrap_or_default()
+    }
+
+    fn send_to(&mut self, index: usize) {
+        match self.peers[index].send() {
+            Ok(()) => self.set_interest(index),
+            Err(error) => self.lose(index, &error),
+        }
+    }
+
+    fn send_local(&mut self) {
+        let sent = self.local.as_mut().map_or(Ok(()), LocalRing::send);
+        if let Err(error) = sent {
+            self.ring_broken(error);
+        }
+    }
+
+    fn set_interest(&mut self, index: usize) {
+        let peer = &mut self.peers[index];
+        let mut interest = EventFlags::IN;
+        if peer.wants_room() {
+            interest |= EventFlags::OUT;
+        }
+        if let Some(session) = peer.session.as_ref().filter(|_| interest != peer.interest) {
+            let _ = epoll::modify(&self.hot, session.fd(), EventData::new_u64(index as u64), interest);
+            peer.interest = interest;
+        }
+    }
+
+    // ---- receiving
+
+    /// Takes the replies of this host's workers that are there, and gives the ring what waits for room in it. Whether there was anything.
+    pub(super) fn collect(&mut self) -> bool {
+        let Some(local) = &mut self.local else { return false };
+        let mut got = Vec::new();
+        let mut broken = None;
+        for (index, reader) in local.readers.iter_mut().enumerate() {
+            loop {
+                match reader.try_next() {
+                    Ok(Some(fragment)) => got.push((local.ranks[index], fragment)),
+                    Ok(None) => break,
+                    Err(error) => {
+                        broken = Some(error);
+                        break;
+                    }
+                }
+            }
+        }
+        let any = !got.is_empty();
+        for (rank, fragment) in got {
+            self.take_reply(rank, fragment.call, fragment.last, fragment.error, fragment.payload);
+        }
+        if let Some(error) = broken {
+            self.ring_broken(error);
+        }
+        if self.local.as_ref().is_some_and(|local| !local.outgoing.is_empty()) {
+            self.send_local();
+        }
+        any
+    }
+
+    fn ring_broken(&mut self, error: RingError) {
+        let rank = self.local.as_ref().and_then(|local| local.ranks.get(error.reader as usize).copied()).unwrap_or(0);
+        self.nonsense(rank, error.what);
+    }
+
+    fn nonsense(&mut self, rank: Rank, what: &str) {
+        let node = self.node_name(rank);
+        let cause = format!("rank {rank} on node {node} broke the protocol: {what}");
+        self.fail(GroupFailure::WorkerDied { rank, node, cause, tail: String::new() });
+    }
+
+    /// What the hot set reported: `token` is a session or `REPLIES`.
+    pub(super) fn on_ready(&mut self, token: u64, flags: EventFlags) {
+        if token == REPLIES {
+            if let Some(local) = &self.local {
+                event::clear(&local.event);
+            }
+            self.collect();
+            return;
+        }
+        let index = token as usize;
+        if index >= self.peers.len() {
+            return;
+        }
+        if flags.intersects(!EventFlags::OUT) {
+            if let Err(error) = self.receive(index) {
+                self.lose(index, &error);
+            }
+        }
+        if self.peers[index].wants_room() || flags.contains(EventFlags::OUT) {
+            self.send_to(index);
+        }
+    }
+
+    fn receive(&mut self, index: usize) -> Result<(), SessionError> {
+        let Some(session) = &mut self.peers[index].session else { return Ok(()) };
+        session.read()?;
+        loop {
+            // An event on the way may have ended the session.
+            let Some(session) = &mut self.peers[index].session else { return Ok(()) };
+            let Some(frame) = session.next_frame()? else { return Ok(()) };
+            self.take_frame(index, frame)?;
+        }
+    }
+
+    fn take_frame(&mut self, index: usize, frame: Frame) -> Result<(), SessionError> {
+        let (header, payload) = (frame.header, frame.payload);
+        let broken = |what: &str| SessionError::Protocol(what.to_owned());
+        match header.kind {
+            Kind::Ping => {}
+            Kind::Reply | Kind::Log if !self.peers[index].ranks.contains(&header.rank) => {
+                return Err(broken("a reply or line of another host's rank"));
+            }
+            Kind::Reply => {
+                let (last, error) = (header.flags & FLAG_LAST != 0, header.flags & FLAG_ERROR != 0);
+                self.take_reply(header.rank, header.call, last, error, payload);
+            }
+            Kind::Log => {
+                let text = String::from_utf8_lossy(&payload).into_owned();
+                self.callbacks.log(LogLine { rank: header.rank, stderr: header.flags & FLAG_ERROR != 0, text });
+            }
+            Kind::Event => {
+                let event =
+                    codec::decode::<KeeperEvent>(&payload).map_err(|e| SessionError::Protocol(e.to_string()))?;
+                self.take_event(index, event)?;
+            }
+            Kind::Launch | Kind::Call | Kind::Stop => return Err(broken("a keeper sends no such frame")),
+        }
+        Ok(())
+    }
+
+    fn take_event(&mut self, index: usize, event: KeeperEvent) -> Result<(), SessionError> {
+        let named = |rank: &Rank| self.peers[index].ranks.contains(rank);
+        match event {
+            KeeperEvent::Launched { pids } => {
+                if !pids.iter().all(|(rank, _)| named(rank)) {
+                    return Err(SessionError::Protocol("a process of another host's rank".into()));
+                }
+                if self.peers[index].local {
+                    self.open_ring(index)?;
+                }
+                self.starting.pids.extend(pids.iter().copied());
+                let node = self.peers[index].name.clone();
+                self.starting.news.push_back(Progress::Launched { node, pids });
+                self.changed = true;
+            }
+            KeeperEvent::Ready { rank, versions } if named(&rank) => {
+                self.starting.versions.insert(rank, versions);
+                let (ready, of) = (self.starting.versions.len(), self.ranks.len());
+                self.starting.news.push_back(Progress::Ready { rank, ready, of });
+                self.changed = true;
+            }
+            KeeperEvent::Ready { .. } => return Err(SessionError::Protocol("ready of another host's rank".into())),
+            KeeperEvent::Changed { .. } => {}
+            KeeperEvent::Failed { rank, cause, tail } => {
+                // What the worker answered before it died counts.
+                self.collect();
+                let node = self.peers[index].name.clone();
+                self.fail(match rank.filter(named_in(&self.peers[index].ranks)) {
+                    Some(rank) => GroupFailure::WorkerDied { rank, node, cause, tail },
+                    None => GroupFailure::Ended { cause },
+                });
+            }
+            KeeperEvent::Ended => {
+                self.close_session(index);
+                if self.end.is_none() {
+                    let cause = format!("the keeper on node {} ended", self.peers[index].name);
+                    self.fail(GroupFailure::Ended { cause });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The ring and its eventfd have come with the event.
+    fn open_ring(&mut self, index: usize) -> Result<(), SessionError> {
+        let peer = &mut self.peers[index];
+        let mut next = || peer.session.as_mut().and_then(Session::take_fd);
+        let (Some(ring), Some(event)) = (next(), next()) else {
+            return Err(SessionError::Protocol("no ring came with the launch".into()));
+        };
+        let ring = Ring::open(ring.as_fd())?;
+        if ring.readers() != peer.ranks.len() || self.local.is_some() {
+            return Err(SessionError::Protocol("the ring is not for the ranks of this host".into()));
+        }
+        let ring = Arc::new(ring);
+        epoll::add(&self.hot, &event, EventData::new_u64(REPLIES), EventFlags::IN).map_err(io::Error::from)?;
+        self.local = Some(LocalRing {
+            writer: CallWriter::new(Arc::clone(&ring)),
+            readers: (0..peer.ranks.len()).map(|reader| ReplyReader::new(Arc::clone(&ring), reader)).collect(),
+            ranks: peer.ranks.clone(),
+            ring,
+            event,
+            outgoing: VecDeque::new(),
+        });
+        Ok(())
+    }
+
+    fn take_reply(&mut self, rank: Rank, call: CallId, last: bool, error: bool, payload: Vec<u8>) {
+        // Of a call that is over: an error of a rank that was not asked, most likely. It is in that rank's log.
+        let Some(pending) = self.calls.get_mut(&call) else { return };
+        if let Err(nonsense) = pending.take(call, rank, last, error, payload) {
+            self.nonsense(rank, nonsense.0);
+            return;
+        }
+        self.after(call);
+    }
+
+    /// Tells who waits for `call` where it is done, and forgets it where nothing more can come.
+    fn after(&mut self, call: CallId) {
+        let Some(pending) = self.calls.get_mut(&call) else { return };
+        if let Some(callback) = pending.take_callback() {
+            self.callbacks.run(callback);
+        }
+        self.changed |= pending.is_done();
+        if pending.is_complete() {
+            self.calls.remove(&call);
+        }
+    }
+
+    // ---- calls, seen from their handles
+
+    pub(super) fn missing(&self, call: CallId) -> Vec<Rank> {
+        self.calls.get(&call).map(Pending::missing).unwrap_or_default()
+    }
+
+    pub(super) fn on_done(&mut self, call: CallId, callback: Box<dyn FnOnce() + Send>) {
+        match self.calls.get_mut(&call).filter(|pending| !pending.is_done()) {
+            Some(pending) => pending.set_on_done(callback),
+            None => self.callbacks.run(callback),
+        }
+    }
+
+    // ---- time
+
+    /// When something must be decided though nothing came.
+    pub(super) fn next_deadline(&self) -> Option<Instant> {
+        self.calls.values().filter_map(Pending::next_deadline).chain(self.give_up_at).min()
+    }
+
+    pub(super) fn expire(&mut self, now: Instant) {
+        let due: Vec<CallId> = self
+            .calls
+            .iter()
+            .filter(|(_, pending)| pending.next_deadline().is_some_and(|at| at <= now))
+            .map(|(call, _)| *call)
+            .collect();
+        for call in due {
+            if let Some(pending) = self.calls.get_mut(&call) {
+                pending.settle(call, Some(now));
+            }
+            self.after(call);
+        }
+        if self.give_up_at.is_some_and(|at| at <= now) {
+            (0..self.peers.len()).for_each(|index| self.close_session(index));
+        }
+    }
+
+    /// Each half second: pings, and a look at each peer's last sign of life.
+    pub(super) fn tick(&mut self, now: Instant, due: Instant) {
+        let slept = now.duration_since(due) > OBSERVER_LATE;
+        for index in 0..self.peers.len() {
+            let verdict = self.verdicts.get(&self.peers[index].node);
+            let peer = &mut self.peers[index];
+            let Some(session) = &mut peer.session else { continue };
+            if slept {
+                // It was this process that slept: the peer may have spoken all the while.
+                session.heard = now;
+            }
+            let silence = now.duration_since(session.heard);
+            let patience = if peer.local || matches!(verdict, Some((NodeState::Alive, _))) { 3 } else { 1 };
+            if silence > self.dead_after * patience {
+                let mut cause = format!("silent for {:.1} s", silence.as_secs_f64());
+                if let Some((state, why)) = verdict.filter(|(state, _)| *state != NodeState::Alive) {
+                    cause = format!("{cause}, {} for the head", state.name());
+                    if !why.is_empty() {
+                        cause = format!("{cause} ({why})");
+                    }
+                }
+                self.lose(index, &SessionError::Protocol(cause));
+                continue;
+            }
+            if now.duration_since(session.spoke) >= HEARTBEAT_PERIOD / 2 {
+                session.queue_ping();
+            }
+            self.send_to(index);
+        }
+    }
+
+    pub(super) fn take_verdicts(&mut self) {
+        let Some(client) = &mut self.client else { return };
+        match client.take_verdicts() {
+            Ok(verdicts) => {
+                self.verdicts.extend(verdicts.into_iter().map(|v| (v.node, (v.state, v.cause))));
+            }
+            Err(_) => {
+                // The daemon is gone: what it said last is of no more worth. The group lives on.
+                self.client = None;
+                self.verdicts.clear();
+            }
+        }
+    }
+
+    // ---- the end
+
+    /// A session is over without `Ended`.
+    fn lose(&mut self, index: usize, error: &SessionError) {
+        if self.peers[index].session.is_none() {
+            return;
+        }
+        // What it said before counts: `Failed` may have come with the reset.
+        self.close_session(index);
+        let peer = &self.peers[index];
+        let cause = match (peer.local, error) {
+            (true, SessionError::Closed) => {
+                format!("the keeper on node {} (this host) ended without a word", peer.name)
+            }
+            (_, SessionError::Protocol(what)) => format!("lost node {} ({}): {what}", peer.name, peer.address),
+            _ => format!("lost the keeper on node {} ({}): {error}", peer.name, peer.address),
+        };
+        let failure = GroupFailure::NodeDied { node: peer.node, name: peer.name.clone(), cause };
+        self.fail(failure);
+    }
+
+    fn close_session(&mut self, index: usize) {
+        let peer = &mut self.peers[index];
+        if let Some(session) = peer.session.take() {
+            let _ = epoll::delete(&self.hot, session.fd());
+        }
+        peer.outgoing.clear();
+        self.over = self.peers.iter().all(|peer| peer.session.is_none());
+        self.changed |= self.over;
+    }
+
+    /// The group is over by a fault: every pending and later call fails, all keepers are told to kill.
+    pub(super) fn fail(&mut self, failure: GroupFailure) {
+        if self.end.is_some() {
+            return;
+        }
+        self.callbacks.failure(failure.clone());
+        let cause = failure.to_string();
+        self.finish(End::Failed(failure), &cause, REAP_TIMEOUT);
+    }
+
+    /// The group is over by its driver's will.
+    pub(super) fn stop(&mut self) {
+        if self.end.is_none() {
+            self.finish(End::Stopped, "", STOP_TIMEOUT + REAP_TIMEOUT);
+        }
+    }
+
+    fn finish(&mut self, end: End, cause: &str, timeout: Duration) {
+        for (_, mut pending) in std::mem::take(&mut self.calls) {
+            pending.finish(Err(end.as_error()));
+            if let Some(callback) = pending.take_callback() {
+                self.callbacks.run(callback);
+            }
+        }
+        self.end = Some(end);
+        self.changed = true;
+        self.give_up_at = Some(Instant::now() + timeout);
+        if let Some(local) = &mut self.local {
+            local.outgoing.clear();
+            local.ring.close();
+        }
+        for index in 0..self.peers.len() {
+            let peer = &mut self.peers[index];
+            // A call that is only half sent stays so: the keeper ends whatever it has of it.
+            peer.outgoing.clear();
+            if let Some(session) = &mut peer.session {
+                session.queue(plain_header(Kind::Stop), &[cause.as_bytes()]);
+                self.send_to(index);
+            }
+        }
+        self.over = self.peers.iter().all(|peer| peer.session.is_none());
+    }
+
+    /// After the end: callbacks under way are done, then their thread ends.
+    pub(super) fn close_callbacks(&mut self) {
+        self.callbacks.close();
+    }
+
+    // ---- sleeping
+
+    /// The thread that collects is about to sleep; `true` where there is something to do first.
+    pub(super) fn before_sleep(&mut self) -> bool {
+        if let Some(local) = &self.local {
+            local.ring.collector_sleeps();
+        }
+        self.collect()
+    }
+
+    pub(super) fn after_sleep(&self) {
+        if let Some(local) = &self.local {
+            local.ring.collector_wakes();
+        }
+    }
+}
+
+fn named_in(ranks: &[Rank]) -> impl Fn(&Rank) -> bool {
+    move |rank| ranks.contains(rank)
+}
