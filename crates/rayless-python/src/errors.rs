@@ -44,7 +44,7 @@ pub(crate) fn start(py: Python<'_>, error: StartError) -> PyErr {
         StartError::Client(error) => client(py, error),
         StartError::Failed(failure) => group(py, &failure),
         StartError::Versions { .. } => exception(py, "RefusedError", (error.to_string(),)),
-        StartError::Unreachable { .. } | StartError::TimedOut { .. } | StartError::Io(_) => {
+        StartError::Unreachable { .. } | StartError::TimedOut { .. } | StartError::GivenUp | StartError::Io(_) => {
             exception(py, "LaunchError", (error.to_string(),))
         }
     }
