@@ -117,7 +117,7 @@ impl Core {
                 },
                 news = self.wire.next() => match news {
                     Some(News::Member(input)) => self.member.handle(Instant::now(), input),
-                    Some(News::Head(input)) => self.to_head_role(input, Instant::now()),
+                    Some(News::Head(input)) => self.head_takes(input, Instant::now()),
                     None => return Err(DaemonError::Failed("the network thread has ended".to_owned())),
                 },
                 () = sleep_until(wake) => {}
@@ -226,7 +226,7 @@ impl Core {
                 talk(Talk::Line(format!("lost the head at {}: {cause}; groups go on", self.head_address)));
                 self.head_is_lost(now);
             }
-            member::Effect::Deliver(message) => self.from_head(message, now),
+            member::Effect::Deliver(message) => self.head_said(message, now),
             member::Effect::KillWorkers(cause) => {
                 talk(Talk::Line(format!("declared dead by the head ({cause}): ending {} groups", self.keepers.len())));
                 for keeper in self.keepers.values_mut() {
@@ -292,9 +292,9 @@ impl Core {
         }
     }
 
-    fn to_head_role(&mut self, input: head::Input, now: Instant) {
+    fn head_takes(&mut self, input: head::Input, now: Instant) {
         if matches!(&input, head::Input::Message { message: ToHead::Status { .. }, .. }) {
-            self.heard_to_head(now);
+            self.tell_heard(now);
         }
         if let Some(head) = &mut self.head {
             head.handle(now, input);
@@ -302,7 +302,7 @@ impl Core {
     }
 
     /// The last heartbeat of each node, for a status that is about to be made.
-    fn heard_to_head(&mut self, now: Instant) {
+    fn tell_heard(&mut self, now: Instant) {
         let Some(head) = &mut self.head else { return };
         for heard in self.wire.heard(now) {
             head.handle(now, heard);
@@ -313,7 +313,7 @@ impl Core {
     pub(crate) fn send_up(&mut self, session: SessionId, message: ToHead, now: Instant) {
         match (self.head.is_some(), self.inside) {
             (true, Some((mine, inside))) if mine == session => {
-                self.to_head_role(head::Input::Message { session: inside, message }, now);
+                self.head_takes(head::Input::Message { session: inside, message }, now);
             }
             (true, _) => {}
             (false, _) => self.wire.send_up(session, &message),
@@ -469,7 +469,7 @@ impl Core {
     }
 
     /// A message of the head for this node.
-    fn from_head(&mut self, message: ToNode, now: Instant) {
+    fn head_said(&mut self, message: ToNode, now: Instant) {
         match message {
             ToNode::StartKeeper { group, name, world_size, driver_node, ranks } => {
                 self.start_keeper(group, name, world_size, driver_node, ranks);

@@ -198,10 +198,10 @@ pub(crate) fn start(exe: PathBuf, config: KeeperConfig, measured: Vec<u32>, run:
     let group = config.group;
     tokio::spawn(async move {
         let used = if measured.is_empty() { Used::new() } else { drain::measure(measured).await };
-        if !used.is_empty() {
-            if let Err(error) = drain::save(&used_file(&run, group), &used) {
-                tracing::warn!(%group, %error, "cannot note the GPUs' memory; a restarted daemon will not wait for it");
-            }
+        if !used.is_empty()
+            && let Err(error) = drain::save(&used_file(&run, group), &used)
+        {
+            tracing::warn!(%group, %error, "cannot note the GPUs' memory; a restarted daemon will not wait for it");
         }
         let started = keeper::spawn(&exe, &config).await.map(Box::new).map_err(|error| error.to_string());
         let _ = events.send(Event::KeeperStarted { group, started, used }).await;

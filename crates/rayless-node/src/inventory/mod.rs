@@ -106,7 +106,8 @@ pub fn quick(wishes: &Wishes) -> Result<Inventory, InventoryError> {
     }
     // NCCL takes about 10 MiB for each neighbour; GPUs that are only declared are not its business.
     let expected = in_proc.map_or(0, |found| wishes.gpus.unwrap_or(found));
-    check_shared_memory(Path::new("/dev/shm"), wishes.shm_min_mib.unwrap_or(16 + 16 * u64::from(expected)))?;
+    let shm_need = wishes.shm_min_mib.unwrap_or_else(|| 16 + 16 * u64::from(expected));
+    check_shared_memory(Path::new("/dev/shm"), shm_need)?;
     Ok(found)
 }
 

@@ -53,9 +53,7 @@ impl Host {
         if !args.contains(&"--bind") {
             all.extend(["--bind", "127.0.0.1"]);
         }
-        let child =
-            self.command(&all).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-        Daemon::new(child)
+        Daemon::of(&mut self.command(&all))
     }
 
     /// A head that is ready, with its address.
@@ -159,7 +157,9 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    fn new(mut child: Child) -> Self {
+    /// Starts it.
+    pub fn of(command: &mut Command) -> Self {
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let (tx, lines) = mpsc::channel();
         let stderr = BufReader::new(child.stderr.take().unwrap());
         thread::spawn(move || stderr.lines().map_while(Result::ok).all(|line| tx.send(line).is_ok()));
