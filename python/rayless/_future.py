@@ -82,11 +82,9 @@ class CallFuture(concurrent.futures.Future[list[Any]]):
         if self._state not in _OPEN:
             return
         if not self._call.wait(timeout) and self._state in _OPEN:
-            from rayless.exceptions import GetTimeoutError
+            from rayless.exceptions import timed_out
 
-            raise GetTimeoutError(
-                f"`{self._method}` is not done after {timeout:g} s\nhint: ask again, with a longer timeout or none"
-            )
+            raise timed_out(self._method, timeout or 0.0, self._call.missing())
         self._complete()
 
     def _complete(self) -> None:

@@ -23,7 +23,7 @@ class LocalCluster:
         except FileNotFoundError as error:
             raise LaunchError(str(error)) from None
         self.run_dir = tempfile.mkdtemp(prefix="rayless-local-")
-        words = ["head", "--daemon", "--bind", _LOOPBACK, "--port", "0", "--dashboard", "off"]
+        words = ["head", "--daemon", "--bind", _LOOPBACK, "--port", "0"]
         if cpus is not None:
             words += ["--cpus", f"{cpus:g}"]
         if gpus is not None:

@@ -65,6 +65,8 @@ class Call:
     def take(self) -> list[bytes]:
         """The replies of a call that is done; raises what it failed with."""
     def is_done(self) -> bool: ...
+    def missing(self) -> list[int]:
+        """The asked ranks that have not replied."""
     def abandon(self) -> None:
         """Drops the replies and wakes who waits."""
     def on_done(self, callback: Callable[[], object], /) -> None:

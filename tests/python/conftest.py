@@ -88,7 +88,7 @@ def a_cluster(names: tuple[str, ...] = ("a", "b"), gpus: int = 2) -> Iterator[Cl
     with tempfile.TemporaryDirectory(prefix="rayless-py-") as base, hosts(len(names), loopback=True) as made:
         nodes = [Node(name, host.address, Path(base, name)) for name, host in zip(names, made, strict=True)]
         head = nodes[0]
-        common = ["--daemon", "--cpus", "8", "--gpus", str(gpus), "--dashboard", "off"]
+        common = ["--daemon", "--cpus", "8", "--gpus", str(gpus)]
         try:
             head.command("head", "--bind", head.address, "--name", head.name, *common)
             token = head.run_dir / "token"

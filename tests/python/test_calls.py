@@ -60,7 +60,7 @@ def test_a_callable_gets_the_instance(group: rayless.WorkerGroup) -> None:
 
 
 def test_arguments_pass_but_for_the_two_reserved_words(group: rayless.WorkerGroup) -> None:
-    given = {"method": 1, "self": 2, "args": 3, "nested": {"a": [1, None, b"\x00"]}}
+    given = {"method": 1, "cls": 2, "args": 3, "nested": {"a": [1, None, b"\x00"]}}
     assert group.call("echo", 1, "two", timeout=30, ranks=[1], **given) == [((1, "two"), given)]
 
 
@@ -121,13 +121,12 @@ def test_a_timeout_leaves_the_group_usable(group: rayless.WorkerGroup, gate: Gat
 
 
 def test_the_65th_call_in_flight_is_refused(group: rayless.WorkerGroup, gate: Gate) -> None:
-    held = [group.call_async("through", gate.path, 3)]
-    held += [group.call_async("note", word) for word in range(63)]
+    held = [group.call_async("through", gate.path, 3, ranks=[3])]
+    held += [group.call_async("note", word, ranks=[3]) for word in range(63)]
     with pytest.raises(PendingCallsLimitExceeded, match=r"rank 3 on node \w+.*\nhint: "):
         group.call("note", "one too many")
     gate.open()
-    assert held[0].result()[3] == "go"
-    assert [future.result()[0] for future in held[1:]] == list(range(63))
+    assert [future.result()[0] for future in held] == ["go", *range(63)]
     assert group.call("note", "again") == ["again"] * 4
 
 

@@ -19,7 +19,11 @@ class Hosted:
 
 def rayless(run_dir: str, *words: str) -> str:
     done = subprocess.run(
-        ["rayless", *words, "--run-dir", run_dir], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, timeout=60
+        ["rayless", *words, "--run-dir", run_dir],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=60,
     )
     if done.returncode != 0:
         sys.exit(f"rayless {' '.join(words)} ended with {done.returncode}: {done.stdout}")
@@ -35,11 +39,22 @@ def main() -> None:
     addresses = [f"127.{third}.{fourth}.{last}" for last in (1, 2)]
     with tempfile.TemporaryDirectory() as base:
         dirs = [os.path.join(base, name) for name in "ab"]
-        common = ["--daemon", "--cpus", "2", "--gpus", "0", "--dashboard", "off"]
+        common = ["--daemon", "--cpus", "2", "--gpus", "0"]
         try:
             rayless(dirs[0], "head", "--bind", addresses[0], "--name", "a", *common)
             token = os.path.join(dirs[0], "token")
-            rayless(dirs[1], "join", f"{addresses[0]}:6379", "--bind", addresses[1], "--name", "b", "--token-file", token, *common)
+            rayless(
+                dirs[1],
+                "join",
+                f"{addresses[0]}:6379",
+                "--bind",
+                addresses[1],
+                "--name",
+                "b",
+                "--token-file",
+                token,
+                *common,
+            )
             os.environ["RAYLESS_RUN_DIR"] = dirs[0]
             with package.WorkerGroup.start(Hosted, 2, strategy="STRICT_SPREAD", wait=30) as group:
                 assert [info.node_name for info in group.ranks] == ["a", "b"]

@@ -6,9 +6,13 @@ use pyo3::{
     prelude::*,
     types::{PyBytes, PyDict, PyList},
 };
-use rayless_worker::driver::{self, Asked, CallError, GroupFailure, Reply};
+use rayless_worker::{
+    client::LocalClient,
+    driver::{self, Asked, CallError, GroupFailure, Reply},
+};
 use std::{
     collections::HashMap,
+    path::Path,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -18,6 +22,9 @@ use std::{
 
 /// Longest wait without a look at signals and at whether the call was given up. A reply ends it at once.
 const SLICE: Duration = Duration::from_millis(250);
+
+/// How long `stop` waits for the head to take the resources back.
+const RELEASE: Duration = Duration::from_secs(2);
 
 /// What wants to know of a group's failure.
 pub(crate) enum Listeners {
@@ -35,13 +42,22 @@ pub(crate) struct Group {
     /// The process that started it. Threads and sessions are not there in a forked child.
     owner: u32,
     run_dir: String,
+    /// The head was asked to take the resources back.
+    told: AtomicBool,
     pids: HashMap<u32, u32>,
 }
 
 impl Group {
     pub(crate) fn new(inner: driver::WorkerGroup, listeners: Arc<Mutex<Listeners>>, run_dir: String) -> Self {
         let pids = inner.pids().into_iter().collect();
-        Self { inner, listeners, owner: std::process::id(), run_dir, pids }
+        Self { inner, listeners, owner: std::process::id(), run_dir, told: AtomicBool::new(false), pids }
+    }
+
+    /// Returns when the head has taken the group's resources back, so that who stops one group can start the next at
+    /// once. Not an error where head or daemon are away: the group itself is gone by now.
+    fn await_release(&self) {
+        let _ = LocalClient::connect(Path::new(&self.run_dir))
+            .and_then(|mut client| client.stop_group_within(self.inner.id(), RELEASE));
     }
 
     fn ours(&self, py: Python<'_>) -> PyResult<()> {
@@ -178,9 +194,16 @@ impl Group {
     }
 
     fn stop(&self, py: Python<'_>) {
-        if self.owner == std::process::id() {
-            py.detach(|| self.inner.stop());
+        if self.owner != std::process::id() {
+            return;
         }
+        py.detach(|| {
+            self.inner.stop();
+            // Of a group that failed, the head is told by its nodes, with the cause.
+            if self.inner.failure().is_none() && !self.told.swap(true, Ordering::AcqRel) {
+                self.await_release();
+            }
+        });
     }
 }
 
@@ -270,6 +293,10 @@ impl Call {
 
     fn is_done(&self) -> bool {
         self.shared.call.is_done()
+    }
+
+    fn missing(&self) -> Vec<u32> {
+        self.shared.call.missing()
     }
 
     fn abandon(&self) {

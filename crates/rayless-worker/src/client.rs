@@ -23,7 +23,7 @@ use std::{
         unix::net::UnixStream,
     },
     path::{Path, PathBuf},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 /// Why a request to the daemon came to nothing.
@@ -190,6 +190,17 @@ impl LocalClient {
             ClientReply::Done => Ok(()),
             _ => Err(unexpected()),
         }
+    }
+
+    /// [`Self::stop_group`] that waits for `limit` at most: `false` where the answer was not there by then.
+    ///
+    /// # Errors
+    /// As [`Self::request`].
+    pub fn stop_group_within(&mut self, group: GroupId, limit: Duration) -> Result<bool, ClientError> {
+        let until = Instant::now() + limit;
+        let tick = Duration::from_millis(50).min(limit.max(Duration::from_millis(1)));
+        let body = ClientRequest::StopGroup(Some(group));
+        Ok(self.request_while(body, Some(tick), &mut |_| Instant::now() < until)?.is_some())
     }
 
     /// For an epoll set.
