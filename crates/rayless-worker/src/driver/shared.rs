@@ -19,7 +19,7 @@ use rustix::event::epoll::{self, EventData, EventFlags};
 use std::{
     io,
     mem::MaybeUninit,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::OwnedFd,
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread::JoinHandle,
     time::{Duration, Instant},
@@ -36,6 +36,8 @@ pub(super) struct Shared {
     state: Mutex<State>,
     /// For threads that wait while another leads, and for those that wait for the end.
     changed: Condvar,
+    /// The same set as the core's.
+    hot: OwnedFd,
     pump_set: OwnedFd,
     pump_wake: OwnedFd,
     nudge: OwnedFd,
@@ -52,30 +54,26 @@ pub(super) struct State {
     pump_until: Instant,
 }
 
-/// How a wait ended.
-#[derive(PartialEq, Eq)]
-enum Waited {
-    Done,
-    TimedOut,
-    Interrupted,
-}
-
 impl Shared {
     /// The group and its pump.
-    pub(super) fn start(core: Core) -> io::Result<(Arc<Self>, JoinHandle<()>)> {
+    pub(super) fn start(mut core: Core) -> io::Result<(Arc<Self>, JoinHandle<()>)> {
         let pump_set = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let pump_wake = event::create()?;
         let nudge = event::create()?;
         epoll::add(&core.hot, &nudge, EventData::new_u64(NUDGE), EventFlags::IN)?;
         epoll::add(&pump_set, &pump_wake, EventData::new_u64(WAKE), EventFlags::IN)?;
         epoll::add(&pump_set, &core.hot, EventData::new_u64(HOT), EventFlags::IN | EventFlags::ONESHOT)?;
+        // Those that were read together with the placement: the socket will not tell of them.
+        core.take_verdicts();
         if let Some(client) = &core.client {
             epoll::add(&pump_set, client.fd(), EventData::new_u64(CLIENT), EventFlags::IN)?;
         }
+        let hot = core.hot.try_clone()?;
         let state = State { core, leading: false, armed: true, waiters: 0, pump_until: Instant::now() };
         let shared = Arc::new(Self {
             state: Mutex::new(state),
             changed: Condvar::new(),
+            hot,
             pump_set,
             pump_wake,
             nudge,
@@ -153,7 +151,7 @@ impl Shared {
             let _ = epoll::modify(&self.pump_set, &state.core.hot, EventData::new_u64(HOT), EventFlags::empty());
         }
         state.core.after_sleep();
-        let (mut state, _) = self.lead(state, slot, until);
+        let mut state = self.lead(state, slot, until);
         state.leading = false;
         self.arm(&mut state);
         if state.waiters > 0 {
@@ -175,13 +173,13 @@ impl Shared {
         state
     }
 
-    /// Receives until the call is done.
+    /// Receives until the call is done, `until` passes or a signal arrives.
     fn lead<'a>(
         &'a self,
         mut state: MutexGuard<'a, State>,
         slot: &Slot,
         until: Option<Instant>,
-    ) -> (MutexGuard<'a, State>, Waited) {
+    ) -> MutexGuard<'a, State> {
         let mut spin_until = Instant::now() + self.spin;
         loop {
             let mut worked = state.core.collect();
@@ -189,10 +187,10 @@ impl Shared {
             state.core.expire(now);
             self.tell(&mut state, true);
             if slot.get().is_some() {
-                return (state, Waited::Done);
+                return state;
             }
             if until.is_some_and(|until| now >= until) {
-                return (state, Waited::TimedOut);
+                return state;
             }
             let spin = now < spin_until;
             let timeout = if spin || worked {
@@ -205,15 +203,12 @@ impl Shared {
                 let next = state.core.next_deadline().into_iter().chain(until).min();
                 next.map(|at| at.saturating_duration_since(now))
             };
-            let hot = state.core.hot.as_fd();
             let mut events = [MaybeUninit::<epoll::Event>::uninit(); 16];
             let polled = if timeout == Some(Duration::ZERO) {
-                epoll::wait(hot, &mut events[..], Some(&timespec(Duration::ZERO)))
+                epoll::wait(&self.hot, &mut events[..], Some(&timespec(Duration::ZERO)))
             } else {
-                // The set lives as long as the group, which this thread holds on to; the lock is not held asleep.
-                let Ok(hot) = hot.try_clone_to_owned() else { return (state, Waited::TimedOut) };
                 drop(state);
-                let polled = epoll::wait(&hot, &mut events[..], timeout.map(timespec).as_ref());
+                let polled = epoll::wait(&self.hot, &mut events[..], timeout.map(timespec).as_ref());
                 state = self.lock();
                 state.core.after_sleep();
                 polled
@@ -223,8 +218,8 @@ impl Shared {
                     worked |= !events.is_empty();
                     self.take_events(&mut state, events);
                 }
-                Err(rustix::io::Errno::INTR) => return (state, Waited::Interrupted),
-                Err(_) => return (state, Waited::TimedOut),
+                // A signal: the caller may want to look at it, and comes back.
+                Err(_) => return state,
             }
             if worked {
                 spin_until = Instant::now() + self.spin;
