@@ -1,0 +1,17 @@
+//! A cluster in virtual time: a real [`Head`](rayless_control::Head), real `Member`s and `Detector`s, over a simulated network, with keepers and
+//! drivers that behave as the real ones do. Everything follows from the seed.
+//!
+//! | file | what |
+//! |---|---|
+//! | `world` | time, events, hosts, invariants |
+//! | `wire` | links, control sessions (reliable, in order), heartbeats (neither) |
+//! | `daemon` | what a node's daemon does with the effects |
+//! | `steps` | keepers, drivers and the sessions between them |
+//! | `story` | the script language |
+#![allow(dead_code, unreachable_pub, missing_docs, reason = "shared by several tests, each of which uses a part")]
+
+pub mod daemon;
+pub mod steps;
+pub mod story;
+pub mod wire;
+pub mod world;
