@@ -22,7 +22,7 @@ use rcgen::{
     PublicKeyData, SanType, SerialNumber, date_time_ymd,
 };
 use ring::{
-    digest, hkdf,
+    digest, hkdf, hmac,
     rand::{SecureRandom, SystemRandom},
 };
 use rustls::{
@@ -131,6 +131,7 @@ pub struct ClusterIdentity {
     authorities: Arc<Vec<Authority>>,
     node: NodeId,
     tls: TlsIdentity,
+    reset_key: Arc<hmac::Key>,
 }
 
 impl ClusterIdentity {
@@ -158,7 +159,17 @@ impl ClusterIdentity {
         let leaves = authorities.iter().map(|ca| ca.issue(&pair, &leaf)).collect::<Result<Vec<_>, _>>()?;
         let anchors = authorities.iter().map(|ca| ca.certificate.clone()).collect();
         let tls = TlsIdentity::new(anchors, leaves, pkcs8(&key.0).into())?;
-        Ok(Self { authorities: Arc::new(authorities), node, tls })
+        let reset_key = Arc::new(hmac::Key::new(
+            hmac::HMAC_SHA256,
+            hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, &key.0), b"quic stateless reset").as_ref(),
+        ));
+        Ok(Self { authorities: Arc::new(authorities), node, tls, reset_key })
+    }
+
+    /// Key of QUIC's stateless resets: the same in every life of this node, so that a daemon started again can tell
+    /// the peers of the last one that it is no longer there.
+    pub(crate) fn reset_key(&self) -> Arc<hmac::Key> {
+        self.reset_key.clone()
     }
 
     /// This node's id.

@@ -27,4 +27,5 @@ mod client_hello;
 mod half_open;
 mod holder;
 mod os;
+mod runtime;
 mod udp;

@@ -1,11 +1,13 @@
 //! The system calls that have no safe wrapper in the crates used here. All unsafe code of this crate is in this file.
 #![allow(unsafe_code)]
 
+use rustix::fd::OwnedFd;
 use std::{
     ffi::CStr,
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
+use tokio::io::unix::AsyncFd;
 
 /// One address of one interface.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,6 +56,12 @@ pub(crate) fn addresses() -> io::Result<Vec<RawAddress>> {
     // SAFETY: the list from above; nothing borrowed from it is left.
     unsafe { libc::freeifaddrs(list) };
     Ok(out)
+}
+
+/// Has tokio wait for a timer of the kernel's.
+pub(crate) fn register_timer(timer: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an OwnedFd gives the same open descriptor for as long as it lives, and it lives in the AsyncFd.
+    unsafe { AsyncFd::register(timer) }.map_err(io::Error::from)
 }
 
 /// Gives the calling thread the lowest real-time priority: ahead of every ordinary process, behind every other

@@ -14,12 +14,13 @@ use crate::{
     half_open::HalfOpen,
     identity::{ClusterIdentity, Peer, peer_of},
     interfaces::{self, PortError, Protocol},
+    runtime::QuietRuntime,
     udp::CountedSocket,
 };
 use bytes::Bytes;
 use quinn::{
-    AckFrequencyConfig, ClientConfig, ConnectionError, EndpointConfig, IdleTimeout, ServerConfig, TokioRuntime,
-    TransportConfig, VarInt,
+    AckFrequencyConfig, ClientConfig, ConnectionError, ConnectionId, EndpointConfig, IdleTimeout, ServerConfig,
+    TransportConfig, VarInt, congestion,
     crypto::rustls::{QuicClientConfig, QuicServerConfig},
 };
 use rayless_proto::{
@@ -28,6 +29,7 @@ use rayless_proto::{
 };
 use rustls::pki_types::CertificateDer;
 use std::{
+    any::Any,
     fmt, io,
     net::SocketAddr,
     sync::Arc,
@@ -237,11 +239,12 @@ impl Endpoint {
         let socket = std::net::UdpSocket::bind(address)
             .map_err(|error| interfaces::port_error(address, Protocol::Udp, &error))?;
         let socket = CountedSocket::new(socket, counters.clone()).map_err(set_up)?;
-        let mut settings = EndpointConfig::default();
+        let mut settings = EndpointConfig::new(identity.reset_key());
+        settings.cid_generator(|| Box::new(RandomIds));
         // With the fixed bit always set, a stray datagram is known by its first byte.
         settings.grease_quic_bit(false);
         let inner =
-            quinn::Endpoint::new_with_abstract_socket(settings, config, Arc::new(socket), Arc::new(TokioRuntime))
+            quinn::Endpoint::new_with_abstract_socket(settings, config, Arc::new(socket), Arc::new(QuietRuntime))
                 .map_err(set_up)?;
         Ok(Self { inner, identity: identity.clone(), counters })
     }
@@ -651,6 +654,27 @@ impl fmt::Debug for Link {
     }
 }
 
+/// Ids of connections. Quinn's own are signed with a key of the process, and packets with others are dropped: a daemon
+/// started again could not tell the peers of its last life that it is no longer there.
+struct RandomIds;
+
+impl quinn::ConnectionIdGenerator for RandomIds {
+    fn generate_cid(&mut self) -> ConnectionId {
+        let mut id = [0; 8];
+        // Without random numbers TLS would not have got this far; an id that is not one costs a connection, no more.
+        let _ = ring::rand::SecureRandom::fill(&ring::rand::SystemRandom::new(), &mut id);
+        ConnectionId::new(&id)
+    }
+
+    fn cid_len(&self) -> usize {
+        8
+    }
+
+    fn cid_lifetime(&self) -> Option<Duration> {
+        None
+    }
+}
+
 /// One configuration for all: small windows, no second stream, no search for larger packets (a path that drops them
 /// would cost heartbeats, and nothing here is large).
 fn transport(calling_for: Option<Purpose>) -> TransportConfig {
@@ -673,9 +697,42 @@ fn transport(calling_for: Option<Purpose>) -> TransportConfig {
         // Every heartbeat is answered at once: the acknowledgement is the echo, and the head needs no timer for it.
         let mut acks = AckFrequencyConfig::default();
         acks.ack_eliciting_threshold(VarInt::from_u32(0));
-        config.ack_frequency_config(Some(acks));
+        config.ack_frequency_config(Some(acks)).congestion_controller_factory(Arc::new(FixedWindow));
     }
     config
+}
+
+/// Heartbeats are ten packets of 60 bytes a second at the worst. A window that shrinks with loss would silence
+/// them just when they matter.
+#[derive(Debug, Clone, Copy)]
+struct FixedWindow;
+
+impl congestion::ControllerFactory for FixedWindow {
+    fn build(self: Arc<Self>, _now: Instant, _mtu: u16) -> Box<dyn congestion::Controller> {
+        Box::new(Self)
+    }
+}
+
+impl congestion::Controller for FixedWindow {
+    fn on_congestion_event(&mut self, _now: Instant, _sent: Instant, _is_persistent: bool, _lost_bytes: u64) {}
+
+    fn on_mtu_update(&mut self, _new_mtu: u16) {}
+
+    fn window(&self) -> u64 {
+        self.initial_window()
+    }
+
+    fn clone_box(&self) -> Box<dyn congestion::Controller> {
+        Box::new(*self)
+    }
+
+    fn initial_window(&self) -> u64 {
+        64 << 10
+    }
+
+    fn into_any(self: Box<Self>) -> Box<dyn Any> {
+        self
+    }
 }
 
 fn peer(connection: &quinn::Connection) -> Option<Peer> {

@@ -1,8 +1,8 @@
 //! The UDP socket under an endpoint: bound with a message fit for people, and what arrives on it is counted.
 
-use crate::counters::Counters;
+use crate::{counters::Counters, runtime::QuietRuntime};
 use quinn::{
-    AsyncUdpSocket, Runtime, TokioRuntime, UdpPoller,
+    AsyncUdpSocket, Runtime, UdpPoller,
     udp::{RecvMeta, Transmit},
 };
 use std::{
@@ -25,7 +25,7 @@ pub(crate) struct CountedSocket {
 
 impl CountedSocket {
     pub(crate) fn new(socket: std::net::UdpSocket, counters: Arc<Counters>) -> io::Result<Self> {
-        Ok(Self { inner: TokioRuntime.wrap_udp_socket(socket)?, counters })
+        Ok(Self { inner: QuietRuntime.wrap_udp_socket(socket)?, counters })
     }
 }
 

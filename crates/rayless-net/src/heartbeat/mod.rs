@@ -6,9 +6,9 @@
 //!
 //! # Heartbeats
 //! Every half second ([`HEARTBEAT_PERIOD`](rayless_proto::limits::HEARTBEAT_PERIOD)) a node sends one datagram; QUIC's acknowledgement, which it asks for at once, is the echo.
-//! Alive is who sent *any* authentic packet: where one is lost, QUIC probes again after 30 ms, 60, 120, …, so that
-//! between two hosts that lose 30 % of all packets some ten of them still have to be lost in a row, in either direction, before
-//! three seconds are silent.
+//! Alive is who sent *any* authentic packet: where one is lost, QUIC probes again after 30 ms, 60, 120, …, and a node whose
+//! heartbeat is not answered sends ten a second. Between two hosts that lose 30 % of all packets, more than twenty have to be
+//! lost in a row, there or back, before three seconds are silent. No congestion window holds them back.
 //!
 //! # Judgement
 //! Who is dead is not decided here: [`Watch`] hears every sign and is asked to judge, on this thread. Before it is asked, all that
@@ -26,6 +26,7 @@ use crate::{
     counters::{Counters, Refusal},
     identity::ClusterIdentity,
     quic::{Acceptor, CloseCause, CloseCode, ConnectError, Endpoint, EndpointError, Session},
+    runtime::Alarm,
 };
 use pulse::Pulses;
 use rayless_proto::{
@@ -168,6 +169,13 @@ impl NetThread {
                 }
             };
             runtime.block_on(async {
+                let alarm = match Alarm::new() {
+                    Ok(alarm) => alarm,
+                    Err(error) => {
+                        let _ = started.send(Err(EndpointError::SetUp(error.to_string())));
+                        return;
+                    }
+                };
                 let endpoint = listen.map(|address| Endpoint::server(address, &identity, counters.clone())).transpose();
                 let (endpoint, acceptor) = match endpoint {
                     Ok(pair) => pair.unzip(),
@@ -183,7 +191,7 @@ impl NetThread {
                 counters.on_refusal(move |refusal| drop(refusals.try_send(NetEvent::Refused(refusal))));
                 let calling =
                     Calling { identity, counters, events, pulses: shared, sessions: 0, dialling: None, beating: None };
-                calling.run(endpoint, acceptor, inbox).await;
+                calling.run(alarm, endpoint, acceptor, inbox).await;
             });
         };
         let thread = std::thread::Builder::new().name("rayless-net".to_owned()).stack_size(STACK);
@@ -262,19 +270,21 @@ struct Calling {
 impl Calling {
     async fn run(
         mut self,
+        alarm: Alarm,
         endpoint: Option<Endpoint>,
         mut acceptor: Option<Acceptor>,
         mut inbox: mpsc::UnboundedReceiver<Command>,
     ) {
-        let ticking = tokio::spawn(tick(self.pulses.clone()));
+        let ticking = tokio::spawn(tick(self.pulses.clone(), alarm));
         let mut nodes: HashMap<NodeId, (ControlSession, Task<()>)> = HashMap::new();
         let (dialled, mut fresh) = mpsc::channel::<(Endpoint, Session)>(1);
         let mut called: Option<(Endpoint, ControlSession)> = None;
+        let (unsure, mut doubts) = mpsc::channel::<()>(1);
         loop {
             tokio::select! {
                 command = inbox.recv() => match command {
                     Some(Command::Dial { head, local }) => self.dial(head, local, dialled.clone()),
-                    Some(Command::Beat { head, local, incarnation }) => self.beat(head, local, incarnation),
+                    Some(Command::Beat { head, local, incarnation }) => self.beat(head, local, incarnation, unsure.clone()),
                     Some(Command::StopBeating) => self.stop_beating(),
                     Some(Command::Shutdown { reason, done }) => {
                         self.stop_beating();
@@ -294,6 +304,13 @@ impl Calling {
                     Purpose::Heartbeat => self.listen_to(session),
                     _ => self.take_in(session, &mut nodes),
                 },
+                // A heartbeat connection does not end by itself. If the head is another process now, the control connection,
+                // at rest, would find out at its next keep-alive only.
+                Some(()) = doubts.recv() => {
+                    if let Some((_, control)) = &called {
+                        control.probe();
+                    }
+                }
                 Some((endpoint, session)) = fresh.recv() => {
                     let id = self.next_session();
                     let (control, _) = session::run(id, session, None, self.events.clone(), self.counters.clone());
@@ -351,7 +368,7 @@ impl Calling {
         }));
     }
 
-    fn beat(&mut self, head: SocketAddr, local: IpAddr, incarnation: Incarnation) {
+    fn beat(&mut self, head: SocketAddr, local: IpAddr, incarnation: Incarnation, unsure: mpsc::Sender<()>) {
         self.stop_beating();
         let (identity, counters, pulses) = (self.identity.clone(), self.counters.clone(), self.pulses.clone());
         let first = self.sessions;
@@ -369,6 +386,7 @@ impl Calling {
                         pulses.tick();
                         let cause = beating.session.link.closed().await;
                         tracing::info!(%head, "heartbeat connection lost: {cause}");
+                        let _ = unsure.try_send(());
                     }
                     Err(error) => tracing::debug!(%head, "no heartbeat connection: {error}"),
                 }
@@ -425,7 +443,7 @@ async fn accept(acceptor: &mut Option<Acceptor>) -> Session {
     }
 }
 
-async fn tick(pulses: Pulses) {
+async fn tick(pulses: Pulses, alarm: Alarm) {
     let mut due = Instant::now();
     loop {
         let late = Instant::now().saturating_duration_since(due);
@@ -434,6 +452,8 @@ async fn tick(pulses: Pulses) {
             yield_now().await;
         }
         due = pulses.tick();
-        sleep(due.saturating_duration_since(Instant::now())).await;
+        if alarm.until(due).await.is_err() {
+            sleep(due.saturating_duration_since(Instant::now())).await;
+        }
     }
 }

@@ -5,7 +5,7 @@ use crate::{
     counters::{Counters, Refused},
     quic::{CloseCause, CloseCode, Link, Receiver, Sender, Session},
 };
-use rayless_proto::{ids::NodeId, limits::MAX_CONTROL_MESSAGE};
+use rayless_proto::{ids::NodeId, limits::MAX_CONTROL_MESSAGE, v1::heartbeat::Heartbeat};
 use std::{
     net::SocketAddr,
     sync::{
@@ -89,6 +89,11 @@ impl ControlSession {
     /// Ends the session once all that was queued has arrived (or after a second). A [`NetEvent::Closed`] follows.
     pub fn close(&self, code: CloseCode, reason: &str) {
         let _ = self.queue.send(Out::Close(code, reason.to_owned()));
+    }
+
+    /// Makes the peer show that it still knows this connection: one that was restarted answers with a reset.
+    pub(super) fn probe(&self) {
+        self.link.send_datagram(&[0; Heartbeat::LEN]);
     }
 
     /// Ends the session at once: the peer is dead, or not worth a word. A [`NetEvent::Closed`] follows.
