@@ -118,6 +118,7 @@ impl Core {
                 news = self.wire.next() => match news {
                     Some(News::Member(input)) => self.member.handle(Instant::now(), input),
                     Some(News::Head(input)) => self.head_takes(input, Instant::now()),
+                    Some(News::HeadInDoubt(doubt)) => self.head_in_doubt(doubt),
                     None => return Err(DaemonError::Failed("the network thread has ended".to_owned())),
                 },
                 () = sleep_until(wake) => {}

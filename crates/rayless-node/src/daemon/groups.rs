@@ -220,29 +220,41 @@ impl Core {
         } else {
             self.verdicts.insert(node, (name.clone(), state));
         }
+        self.pass_on(node, &name, state, cause);
+    }
+
+    /// While the head is silent nobody can tell whether its last word still holds: it may be this node that is cut off.
+    pub(crate) fn head_in_doubt(&mut self, doubt: bool) {
+        let (state, cause) =
+            if doubt { (NodeState::Suspect, "this node does not hear the head") } else { (NodeState::Alive, "") };
+        for (node, name) in self.held_alive() {
+            self.pass_on(node, &name, state, cause);
+        }
+    }
+
+    fn pass_on(&mut self, node: NodeId, name: &str, state: NodeState, cause: &str) {
         for keeper in self.keepers.values() {
             keeper.verdict(node, state);
         }
         let drivers: Vec<_> =
             self.clients.iter().filter(|(_, client)| client.is_driver).map(|(client, _)| *client).collect();
         for client in drivers {
-            let verdict = ClientReply::NodeVerdict { node, name: name.clone(), state, cause: cause.to_owned() };
+            let verdict = ClientReply::NodeVerdict { node, name: name.to_owned(), state, cause: cause.to_owned() };
             self.answer(client, 0, verdict);
         }
     }
 
     /// Without a head nobody vouches for any node.
     pub(crate) fn head_is_lost(&mut self, now: Instant) {
-        let known: Vec<(NodeId, String)> = self
-            .verdicts
-            .iter()
-            .filter(|(_, (_, state))| *state == NodeState::Alive)
-            .map(|(node, (name, _))| (*node, name.clone()))
-            .collect();
-        for (node, name) in known {
+        for (node, name) in self.held_alive() {
             self.verdict(node, name, NodeState::Suspect, "this node has lost the head");
         }
         self.requests_lost(now);
+    }
+
+    fn held_alive(&self) -> Vec<(NodeId, String)> {
+        let alive = self.verdicts.iter().filter(|(_, (_, state))| *state == NodeState::Alive);
+        alive.map(|(node, (name, _))| (*node, name.clone())).collect()
     }
 
     /// A driver on another host wants its keeper.

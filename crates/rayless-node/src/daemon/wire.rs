@@ -34,6 +34,8 @@ pub(crate) enum News {
     Member(member::Input),
     /// For the head on this node.
     Head(head::Input),
+    /// This node has not heard of its head for half the limit (`true`), or hears of it again.
+    HeadInDoubt(bool),
 }
 
 /// The network of one daemon.
@@ -111,7 +113,8 @@ impl Wire {
                     Verdict::Node(node, incarnation, transition) => {
                         News::Head(head::Input::Liveness { node, incarnation, transition })
                     }
-                    Verdict::HeadSilent => News::Member(member::Input::HeadSilent),
+                    Verdict::Head(Transition::Dead) => News::Member(member::Input::HeadSilent),
+                    Verdict::Head(transition) => News::HeadInDoubt(transition == Transition::Suspect),
                 }),
             };
             if news.is_some() {
@@ -322,7 +325,7 @@ fn dial_error(error: &DialError) -> member::DialError {
 
 enum Verdict {
     Node(NodeId, Incarnation, Transition),
-    HeadSilent,
+    Head(Transition),
 }
 
 /// The detectors. They judge on the network thread, which is on time where this one may not be.
@@ -351,8 +354,9 @@ impl Watch for Judge {
     fn heard(&mut self, sign: Sign) {
         let mut watched = self.lock();
         if watched.at == Some(sign.peer) {
-            // A head that was suspect is no news to a node.
-            let _ = watched.head.heard((), sign.at);
+            if let Some(transition) = watched.head.heard((), sign.at) {
+                let _ = self.told.send(Verdict::Head(transition));
+            }
         } else if let Some(transition) = watched.nodes.heard((sign.peer, sign.incarnation), sign.at) {
             let _ = self.told.send(Verdict::Node(sign.peer, sign.incarnation, transition));
         }
@@ -363,8 +367,8 @@ impl Watch for Judge {
         for ((node, incarnation), transition) in watched.nodes.tick(now) {
             let _ = self.told.send(Verdict::Node(node, incarnation, transition));
         }
-        if watched.head.tick(now).contains(&((), Transition::Dead)) {
-            let _ = self.told.send(Verdict::HeadSilent);
+        for ((), transition) in watched.head.tick(now) {
+            let _ = self.told.send(Verdict::Head(transition));
         }
         [watched.nodes.next_tick(now), watched.head.next_tick(now)].into_iter().flatten().min()
     }
