@@ -114,7 +114,7 @@ def test_what_cannot_be_pickled_is_said_before_anything_is_sent(group: rayless.W
 
 def test_a_timeout_leaves_the_group_usable(group: rayless.WorkerGroup, gate: Gate) -> None:
     with pytest.raises(GetTimeoutError, match=r"rank 1 has not replied to `through` within 0.1 s\nhint: ") as caught:
-        group.call("through", gate.path, 1, timeout=0.1)
+        group.call("through", gate.path, 1, ranks=[1], timeout=0.1)
     assert isinstance(caught.value, TimeoutError)
     gate.open()
     assert group.call("note", "after") == ["after"] * 4, "the late reply is not taken for this one's"
