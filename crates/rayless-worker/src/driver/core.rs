@@ -92,7 +92,7 @@ impl Peer {
     }
 
     /// Queues what fits and sends what the kernel takes.
-    pub(super) fn send(&mut self) -> Result<(), SessionError> {
+    fn send(&mut self) -> Result<(), SessionError> {
         let Some(session) = &mut self.session else { return Ok(()) };
         loop {
             while session.queued() < OUTPUT_SOFT_LIMIT {
@@ -197,7 +197,7 @@ impl Core {
                 epoll::add(&hot, session.fd(), EventData::new_u64(index as u64), peer.interest)?;
             }
         }
-        Ok(Self {
+        let mut core = Self {
             ranks,
             peers,
             local: None,
@@ -213,7 +213,10 @@ impl Core {
             client,
             hot,
             changed: false,
-        })
+        };
+        // What the peers were given to begin with.
+        (0..core.peers.len()).for_each(|index| core.send_to(index));
+        Ok(core)
     }
 
     // ---- sending
@@ -230,6 +233,9 @@ impl Core {
         }
         if payload.len() as u64 > MAX_CALL {
             return Err(CallError::TooLarge(payload.len() as u64));
+        }
+        if self.calls.len() >= MAX_CALLS_IN_FLIGHT {
+            self.collect();
         }
         if self.calls.len() >= MAX_CALLS_IN_FLIGHT {
             return Err(self.too_many());
@@ -286,7 +292,11 @@ impl Core {
     fn send_to(&mut self, index: usize) {
         match self.peers[index].send() {
             Ok(()) => self.set_interest(index),
-            Err(error) => self.lose(index, &error),
+            Err(error) => {
+                // Its last words may be here already, and say why.
+                let _ = self.receive(index);
+                self.lose(index, &error);
+            }
         }
     }
 

@@ -173,13 +173,7 @@ impl Placed {
             session.queue(plain_header(Kind::Launch), &[&message]);
             let address = format!("{}:{}", node.address, node.port);
             let local = node.id == self.parts.local_node && self.parts.local_keeper.is_some();
-            let mut peer = Peer::new(node.id, node.name.clone(), address.clone(), local, ranks, session);
-            peer.send().map_err(|error| StartError::Unreachable {
-                name: node.name.clone(),
-                address,
-                cause: error.to_string(),
-            })?;
-            peers.push(peer);
+            peers.push(Peer::new(node.id, node.name.clone(), address, local, ranks, session));
         }
         Ok(peers)
     }
