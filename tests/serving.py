@@ -202,16 +202,19 @@ class Server:
             yield client
 
     def greedy_tokens(self, prompts: list[str], count: int) -> list[list[int]]:
-        """The ids of the ``count`` likeliest next tokens of each prompt."""
+        """The ids of the ``count`` likeliest next tokens of each prompt, asked one after the other."""
+        found = []
         with self.client() as client:
-            made = client.completions.create(
-                model=self.name,
-                prompt=prompts,
-                temperature=0,
-                max_tokens=count,
-                extra_body={"ignore_eos": True, "return_token_ids": True},
-            )
-        return [list(choice.token_ids) for choice in sorted(made.choices, key=lambda choice: choice.index)]
+            for prompt in prompts:
+                made = client.completions.create(
+                    model=self.name,
+                    prompt=prompt,
+                    temperature=0,
+                    max_tokens=count,
+                    extra_body={"ignore_eos": True, "return_token_ids": True},
+                )
+                found.append(list(made.choices[0].token_ids))
+        return found
 
     def stop(self, timeout: float = 60) -> int:
         """Ends it as a service manager would (SIGTERM) and returns its exit code."""

@@ -9,8 +9,9 @@ import sys
 
 def main() -> None:
     """argv[1]: JSON of [prompts, count, [[name, path, options], ...]]; the last line printed is ``TOKENS`` and JSON."""
-    from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
+
+    from vllm import LLM, SamplingParams
 
     prompts, count, runs = json.loads(sys.argv[1])
     sampling = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
@@ -25,7 +26,9 @@ def main() -> None:
             compilation_config={"mode": 2, "backend": "eager"},
             **options,
         )
-        found[name] = [list(one.outputs[0].token_ids) for one in llm.generate(prompts, sampling, use_tqdm=False)]
+        # One at a time: which requests share a step depends on timing, and kernels round differently for other batch sizes.
+        answers = [llm.generate([prompt], sampling, use_tqdm=False)[0] for prompt in prompts]
+        found[name] = [list(answer.outputs[0].token_ids) for answer in answers]
         engine = llm.llm_engine.engine_core
         del llm
         engine.shutdown()
