@@ -16,13 +16,14 @@ use std::time::Duration;
 use support::{
     daemon::Asker,
     steps::{DriverState, ReservationState},
-    world::{MS, Rng, World},
+    world::{Rng, World},
 };
 
 fn bundle(rng: &mut Rng) -> Resources {
-    let gpus = [0.0, 0.25, 0.5, 1.0, 1.0, 1.0, 2.0, 4.0][rng.below(8) as usize];
-    let mut bundle = Resources::new().with(CPU, Quantity::from_f64([0.0, 0.5, 1.0][rng.below(3) as usize]).unwrap());
-    bundle.set(GPU, Quantity::from_f64(gpus).unwrap());
+    let quarters = [0, 1, 2, 4, 4, 4, 8, 16][rng.below(8) as usize];
+    let half_cpus = rng.below(3);
+    let mut bundle = Resources::new().with(CPU, Quantity::from_raw(half_cpus * Quantity::SCALE / 2));
+    bundle.set(GPU, Quantity::from_raw(quarters * Quantity::SCALE / 4));
     if bundle.is_empty() {
         bundle.set(CPU, Quantity::ONE);
     }
@@ -211,6 +212,9 @@ fn storm(seed: u64) -> Result<World, String> {
         w.start(host);
     }
     w.wait(Duration::from_secs(30));
+    if let Some(broken) = w.broken.clone() {
+        return Err(failed(&w, broken));
+    }
     let Some(status) = w.status() else { return Err(failed(&w, "there is no head".into())) };
     let asleep = status.nodes.iter().find(|n| n.state != NodeState::Alive).map(|n| n.name.clone());
     if let Some(name) = asleep {
@@ -243,7 +247,6 @@ fn storm(seed: u64) -> Result<World, String> {
     if let Some(driver) = w.drivers.iter().find(|d| d.state.is_live()) {
         return Err(failed(&w, format!("driver {} hangs", driver.name)));
     }
-    let _ = MS;
     Ok(w)
 }
 
@@ -256,7 +259,7 @@ fn storms() {
         }
         return;
     }
-    let count = std::env::var("RAYLESS_SEEDS").ok().and_then(|s| s.parse().ok()).unwrap_or(100);
+    let count = std::env::var("RAYLESS_SEEDS").ok().and_then(|s| s.parse().ok()).unwrap_or(300);
     let from = std::env::var("RAYLESS_SEEDS_FROM").ok().and_then(|s| s.parse().ok()).unwrap_or(0);
     let mut placed = 0;
     let mut failed = Vec::new();

@@ -25,7 +25,7 @@ impl Head {
             // Said before, as a rule: then it changes nothing.
             self.on_group_ended(node, *id, cause, now);
         }
-        let start_again = self.drop_parts_not_held(node, held, now);
+        let start_again = self.drop_parts_not_held(node, reborn, held, now);
         self.rebuild_pool(node, !reborn, now);
         self.adopt_bundles(node, held_bundles, now);
         for group in held {
@@ -41,8 +41,9 @@ impl Head {
         }
     }
 
-    /// Frees the parts that the node no longer holds. Returns those whose start was lost on the way.
-    fn drop_parts_not_held(&mut self, node: NodeId, held: &[HeldGroup], now: Instant) -> Vec<GroupId> {
+    /// Frees the parts that the node no longer holds. Returns those whose start was lost on the way. (Not in a new life: a
+    /// keeper that its last life was just starting may yet come up, and must not find a second one beside it.)
+    fn drop_parts_not_held(&mut self, node: NodeId, reborn: bool, held: &[HeldGroup], now: Instant) -> Vec<GroupId> {
         let missing: Vec<(GroupId, Keeper, Phase)> = self
             .groups
             .iter()
@@ -54,7 +55,7 @@ impl Head {
         for (id, keeper, phase) in missing {
             match keeper {
                 Keeper::Gone => {}
-                Keeper::Starting if phase == Phase::Placing => start_again.push(id),
+                Keeper::Starting if phase == Phase::Placing && !reborn => start_again.push(id),
                 Keeper::Stopping => self.release_part(id, node),
                 Keeper::Starting | Keeper::Up => {
                     self.release_part(id, node);
@@ -84,12 +85,14 @@ impl Head {
         }
         let mut broken_groups = Vec::new();
         for (group_id, group) in &mut self.groups {
-            let Some(part) = group.parts.get_mut(&id).filter(|p| p.counted) else { continue };
-            let own: Vec<_> = part.ranks.iter().filter(|r| r.placement_group.is_none()).collect();
-            let mut trial = pool.clone();
-            if own.iter().all(|r| trial.take_exactly(&r.allocation)) {
-                pool = trial;
-            } else {
+            let Some(part) = group.parts.get_mut(&id) else { continue };
+            let mut whole = true;
+            for (rank, counted) in part.ranks.iter().zip(&mut part.counted) {
+                if *counted && rank.placement_group.is_none() && !pool.take_exactly(&rank.allocation) {
+                    (*counted, whole) = (false, false);
+                }
+            }
+            if !whole {
                 broken_groups.push(*group_id);
             }
         }
@@ -97,20 +100,11 @@ impl Head {
         let name = node.info.name.clone();
         let cause = format!("node {name} no longer has what was given out there");
         for group in broken_groups {
-            self.discount(group, id);
             self.end_group(group, Phase::Failed, &cause, now);
         }
         for (pg, index) in broken_bundles {
             self.drop_bundle(pg, index, &cause, now);
         }
-    }
-
-    /// Takes a part out of the books, giving back only what it took from placement groups: the node's own pool is fresh.
-    fn discount(&mut self, group: GroupId, node: NodeId) {
-        let Some(part) = self.groups.get_mut(&group).and_then(|g| g.parts.get_mut(&node)) else { return };
-        part.counted = false;
-        let carved: Vec<_> = part.ranks.iter().filter(|r| r.placement_group.is_some()).cloned().collect();
-        self.give_ranks(node, &carved);
     }
 
     fn adopt_bundles(&mut self, node: NodeId, held: &[HeldPlacementGroup], now: Instant) {
@@ -200,12 +194,19 @@ impl Head {
         let id = held.group;
         let Some(group) = self.groups.get_mut(&id) else { return true };
         let known = group.parts.get(&node);
-        let same = known.is_some_and(|p| p.counted && p.keeper != Keeper::Gone && p.ranks == held.ranks);
+        let same = known.is_some_and(|p| p.is_wholly_counted() && p.keeper != Keeper::Gone && p.ranks == held.ranks);
         let keeper = known.map_or(Keeper::Up, |p| if p.keeper == Keeper::Gone { Keeper::Up } else { p.keeper });
         if !same {
             self.release_part(id, node);
-            let counted = self.take_ranks(node, &held.ranks);
-            let mut part = Part::new(held.ranks.clone(), keeper, now);
+            let mut ranks = held.ranks.clone();
+            for rank in &mut ranks {
+                // A head that does not know the bundle (nobody brought it back) must still not give its devices to others.
+                if rank.placement_group.is_some_and(|from| self.bundle_mut(from, node).is_none()) {
+                    rank.placement_group = None;
+                }
+            }
+            let counted = self.take_ranks(node, &ranks);
+            let mut part = Part::new(ranks, keeper, now);
             part.counted = counted;
             if let Some(group) = self.groups.get_mut(&id) {
                 group.parts.insert(node, part);
@@ -216,7 +217,7 @@ impl Head {
             part.pids[at] = held.pids.get(at).copied().unwrap_or(0);
             part.states[at] = held.states.get(at).copied().unwrap_or(WorkerState::Starting);
         }
-        part.counted
+        part.is_wholly_counted()
     }
 
     fn revive(&mut self, id: GroupId, now: Instant) {

@@ -74,6 +74,12 @@ impl Head {
         self.dirty = true;
     }
 
+    /// This bundle, if it lies on this node.
+    pub(super) fn bundle_mut(&mut self, from: (PlacementGroupId, u32), node: NodeId) -> Option<&mut Bundle> {
+        let bundle = self.placement_groups.get_mut(&from.0)?.bundles.get_mut(&from.1)?;
+        (bundle.node == node).then_some(bundle)
+    }
+
     /// Tells a node which bundles it holds.
     pub(super) fn send_hold(&mut self, id: PlacementGroupId, node: NodeId) {
         let Some(group) = self.placement_groups.get(&id) else { return };
@@ -174,25 +180,8 @@ impl Head {
         let Some(bundle) = group.bundles.remove(&index) else { return };
         let name = group.name.clone();
         for part in self.groups.values_mut().filter_map(|g| g.parts.get_mut(&bundle.node)) {
-            if part.counted && part.ranks.iter().any(|r| r.placement_group == Some((id, index))) {
-                part.counted = false;
-                let others: Vec<_> =
-                    part.ranks.iter().filter(|r| r.placement_group != Some((id, index))).cloned().collect();
-                for rank in others {
-                    match rank.placement_group {
-                        None => {
-                            if let Some(node) = self.nodes.get_mut(&bundle.node) {
-                                node.pool.give(&rank.allocation);
-                            }
-                        }
-                        Some((other, at)) => {
-                            if let Some(b) = self.placement_groups.get_mut(&other).and_then(|p| p.bundles.get_mut(&at))
-                            {
-                                b.pool.give(&rank.allocation);
-                            }
-                        }
-                    }
-                }
+            for (rank, counted) in part.ranks.iter().zip(&mut part.counted) {
+                *counted &= rank.placement_group != Some((id, index));
             }
         }
         self.note("placement-group-lost", format!("placement group {name} ends: {cause}"), now);

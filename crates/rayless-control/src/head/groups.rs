@@ -77,37 +77,25 @@ impl Head {
         self.send(node, message);
     }
 
-    /// Takes the ranks' shares out of the node's pool or their bundles'; all of them or none.
-    pub(super) fn take_ranks(&mut self, node: NodeId, ranks: &[RankAllocation]) -> bool {
-        for (done, rank) in ranks.iter().enumerate() {
-            let taken = match rank.placement_group {
-                None => self.nodes.get_mut(&node).is_some_and(|n| n.pool.take_exactly(&rank.allocation)),
-                Some((id, index)) => {
-                    let bundle = self.placement_groups.get_mut(&id).and_then(|p| p.bundles.get_mut(&index));
-                    bundle.is_some_and(|b| b.node == node && b.pool.take_exactly(&rank.allocation))
-                }
-            };
-            if !taken {
-                self.give_ranks(node, &ranks[..done]);
-                return false;
-            }
-        }
-        true
+    /// Takes each rank's share out of the node's pool or its bundle's. Says which it got.
+    pub(super) fn take_ranks(&mut self, node: NodeId, ranks: &[RankAllocation]) -> Vec<bool> {
+        let take = |rank: &RankAllocation| match rank.placement_group {
+            None => self.nodes.get_mut(&node).is_some_and(|n| n.pool.take_exactly(&rank.allocation)),
+            Some(from) => self.bundle_mut(from, node).is_some_and(|b| b.pool.take_exactly(&rank.allocation)),
+        };
+        ranks.iter().map(take).collect()
     }
 
-    pub(super) fn give_ranks(&mut self, node: NodeId, ranks: &[RankAllocation]) {
-        for rank in ranks {
-            match rank.placement_group {
-                None => {
-                    if let Some(node) = self.nodes.get_mut(&node) {
-                        node.pool.give(&rank.allocation);
-                    }
+    fn give_rank(&mut self, node: NodeId, rank: &RankAllocation) {
+        match rank.placement_group {
+            None => {
+                if let Some(node) = self.nodes.get_mut(&node) {
+                    node.pool.give(&rank.allocation);
                 }
-                Some((id, index)) => {
-                    let bundle = self.placement_groups.get_mut(&id).and_then(|p| p.bundles.get_mut(&index));
-                    if let Some(bundle) = bundle.filter(|b| b.node == node) {
-                        bundle.pool.give(&rank.allocation);
-                    }
+            }
+            Some(from) => {
+                if let Some(bundle) = self.bundle_mut(from, node) {
+                    bundle.pool.give(&rank.allocation);
                 }
             }
         }
@@ -122,9 +110,10 @@ impl Head {
         }
         part.keeper = Keeper::Gone;
         part.states.fill(WorkerState::Dead);
-        if std::mem::replace(&mut part.counted, false) {
-            let ranks = part.ranks.clone();
-            self.give_ranks(node, &ranks);
+        let counted: Vec<RankAllocation> = part.counted_ranks().cloned().collect();
+        part.counted.fill(false);
+        for rank in &counted {
+            self.give_rank(node, rank);
         }
         self.dirty = true;
         self.settle_placement_groups();

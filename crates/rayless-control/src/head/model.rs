@@ -124,8 +124,8 @@ pub(super) struct Part {
     pub(super) pids: Vec<u32>,
     pub(super) states: Vec<WorkerState>,
     pub(super) keeper: Keeper,
-    /// Whether `ranks` are taken out of a pool. Only what a node claims against the head's books is not.
-    pub(super) counted: bool,
+    /// Which of `ranks` are taken out of a pool: all, but for what a node claims against the head's books.
+    pub(super) counted: Vec<bool>,
     /// When it was last told to start or to stop.
     pub(super) told: Instant,
 }
@@ -134,7 +134,16 @@ impl Part {
     pub(super) fn new(ranks: Vec<RankAllocation>, keeper: Keeper, now: Instant) -> Self {
         let count = ranks.len();
         let states = vec![WorkerState::Starting; count];
-        Self { ranks, pids: vec![0; count], states, keeper, counted: true, told: now }
+        Self { ranks, pids: vec![0; count], states, keeper, counted: vec![false; count], told: now }
+    }
+
+    /// The ranks that are taken out of a pool.
+    pub(super) fn counted_ranks(&self) -> impl Iterator<Item = &RankAllocation> {
+        self.ranks.iter().zip(&self.counted).filter(|(_, counted)| **counted).map(|(rank, _)| rank)
+    }
+
+    pub(super) fn is_wholly_counted(&self) -> bool {
+        self.counted.iter().all(|c| *c)
     }
 }
 

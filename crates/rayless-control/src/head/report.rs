@@ -2,7 +2,7 @@
 
 use super::{
     Head,
-    model::{Keeper, Node},
+    model::{Keeper, Node, Part},
 };
 use crate::pool::Pool;
 use rayless_proto::{
@@ -109,11 +109,11 @@ impl Head {
                 }
             }
             for (group_id, group) in &self.groups {
-                let Some(part) = group.parts.get(id).filter(|p| p.counted) else { continue };
-                if part.keeper == Keeper::Gone {
+                let Some(part) = group.parts.get(id) else { continue };
+                if part.keeper == Keeper::Gone && part.counted_ranks().next().is_some() {
                     return Err(format!("{}: a part of {group_id:?} that is gone still counts", node.info.name));
                 }
-                for rank in part.ranks.iter().filter(|r| r.placement_group.is_none()) {
+                for rank in part.counted_ranks().filter(|r| r.placement_group.is_none()) {
                     if !fresh.take_exactly(&rank.allocation) {
                         return Err(format!("{}: given twice: rank {} of {group_id:?}", node.info.name, rank.rank));
                     }
@@ -142,7 +142,7 @@ impl Head {
             }
         }
         for (id, group) in &self.groups {
-            for rank in group.parts.values().filter(|p| p.counted).flat_map(|p| &p.ranks) {
+            for rank in group.parts.values().flat_map(Part::counted_ranks) {
                 let Some(from) = rank.placement_group else { continue };
                 if !fresh.get_mut(&from).is_some_and(|pool| pool.take_exactly(&rank.allocation)) {
                     return Err(format!("carved twice, or out of nothing: rank {} of {id:?} from {from:?}", rank.rank));

@@ -194,7 +194,9 @@ impl Head {
             let mut part = Part::new(saved.ranks, saved.keeper, now);
             part.pids = saved.pids;
             part.states = saved.states;
-            part.counted = part.keeper != Keeper::Gone && self.take_ranks(saved.node, &part.ranks);
+            if part.keeper != Keeper::Gone {
+                part.counted = self.take_ranks(saved.node, &part.ranks);
+            }
             group.parts.insert(saved.node, part);
         }
         self.groups.insert(saved.id, group);

@@ -273,7 +273,7 @@ impl World {
         }
     }
 
-    pub fn to_head(&mut self, host: usize, message: ToHead) {
+    pub fn tell_head(&mut self, host: usize, message: ToHead) {
         let session = self.hosts[host].daemon.as_ref().and_then(|d| d.member.session());
         if let Some(session) = session {
             self.send_on(host, session, message);
@@ -308,16 +308,16 @@ impl World {
             .map(|(group, _)| *group)
             .collect();
         for group in up {
-            self.to_head(host, ToHead::KeeperReady { group });
+            self.tell_head(host, ToHead::KeeperReady { group });
         }
         let Some(daemon) = self.hosts[host].daemon.as_ref() else { return };
         let gpus: Vec<(u32, bool)> = daemon.draining.iter().map(|index| (*index, true)).collect();
         let again: Vec<ToHead> = daemon.requests.values().map(|(_, message)| message.clone()).collect();
         if !gpus.is_empty() {
-            self.to_head(host, ToHead::GpuDraining { gpus });
+            self.tell_head(host, ToHead::GpuDraining { gpus });
         }
         for message in again {
-            self.to_head(host, message);
+            self.tell_head(host, message);
         }
     }
 
@@ -329,7 +329,7 @@ impl World {
         let message = message(request);
         daemon.requests.insert(request, (asker, message.clone()));
         if self.hosts[host].daemon.as_ref().is_some_and(|d| d.member.is_welcomed()) {
-            self.to_head(host, message);
+            self.tell_head(host, message);
         }
         Some(request)
     }
@@ -338,7 +338,7 @@ impl World {
     pub fn give_up(&mut self, host: usize, request: RequestId) {
         if let Some(daemon) = self.hosts[host].daemon.as_mut() {
             daemon.requests.remove(&request);
-            self.to_head(host, ToHead::CancelRequest { request });
+            self.tell_head(host, ToHead::CancelRequest { request });
         }
     }
 
@@ -351,7 +351,7 @@ impl World {
                 if self.hosts[host].keepers.contains_key(&group) {
                     self.end_keeper(host, group, &cause);
                 } else {
-                    self.to_head(host, ToHead::GroupEnded { group, cause: String::new() });
+                    self.tell_head(host, ToHead::GroupEnded { group, cause: String::new() });
                 }
             }
             ToNode::HoldPlacementGroup(held) => {
@@ -431,7 +431,7 @@ impl World {
     /// Something was placed for a client that is gone (not for one that was told already).
     fn decline(&mut self, host: usize, request: RequestId) {
         if self.hosts[host].daemon.as_ref().is_some_and(|d| !d.told.contains(&request)) {
-            self.to_head(host, ToHead::CancelRequest { request });
+            self.tell_head(host, ToHead::CancelRequest { request });
         }
     }
 
@@ -446,7 +446,7 @@ impl World {
     ) {
         if let Some(known) = self.hosts[host].keepers.get(&group) {
             if known.phase == KeeperPhase::Up {
-                self.to_head(host, ToHead::KeeperReady { group });
+                self.tell_head(host, ToHead::KeeperReady { group });
             }
             return;
         }

@@ -195,7 +195,7 @@ impl World {
             && keeper.phase == KeeperPhase::Starting
         {
             keeper.phase = KeeperPhase::Up;
-            self.to_head(host, ToHead::KeeperReady { group });
+            self.tell_head(host, ToHead::KeeperReady { group });
         }
     }
 
@@ -211,7 +211,7 @@ impl World {
             }
         }
         for (rank, pid) in changes {
-            self.to_head(host, ToHead::WorkerChanged { group, rank, pid, state: WorkerState::Ready });
+            self.tell_head(host, ToHead::WorkerChanged { group, rank, pid, state: WorkerState::Ready });
         }
     }
 
@@ -309,7 +309,7 @@ impl World {
             if daemon.ended.len() > 64 {
                 daemon.ended.pop_front();
             }
-            self.to_head(host, ToHead::GroupEnded { group, cause });
+            self.tell_head(host, ToHead::GroupEnded { group, cause });
             self.reborn_when_clean(host);
         }
     }

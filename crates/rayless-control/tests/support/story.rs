@@ -289,7 +289,7 @@ impl Story {
                 if let Some(daemon) = self.world.hosts[host].daemon.as_mut() {
                     let _ = if draining { daemon.draining.insert(gpu) } else { daemon.draining.remove(&gpu) };
                 }
-                self.world.to_head(host, ToHead::GpuDraining { gpus: vec![(gpu, draining)] });
+                self.world.tell_head(host, ToHead::GpuDraining { gpus: vec![(gpu, draining)] });
             }
             ["wait", t] => {
                 let t = duration(t)?;
