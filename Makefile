@@ -9,7 +9,7 @@ DEV    = $(shell tests/setup/dev-env)
 SITE   = target/site
 BINARY = target/release/rayless
 
-.PHONY: help demo test test-long lint test-rust test-python test-vllm test-docker test-wheel site wheel bench deny fmt clean
+.PHONY: help demo test test-long lint test-rust test-python test-failure test-vllm test-docker test-wheel site wheel bench deny fmt clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -30,6 +30,8 @@ test-rust: ## the Rust tests
 	@tests/run rust
 test-python: ## the Python package on real daemons
 	@tests/run python
+test-failure: ## what happens when processes die and wires are cut
+	@tests/run failure
 test-vllm: ## real vLLM across two network namespaces
 	@tests/run vllm
 test-docker: ## two containers on a Docker network

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
+
 from wire import Wire, netns, unavailable, wired_hosts
 
 T = TypeVar("T")

@@ -27,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
-import netns  # noqa: E402  (tests/netns.py)
+import netns
 
 
 class Wire:

@@ -1,0 +1,360 @@
+"""The faults of the matrix: how each is made and undone, and what it must lead to."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from stage import Process, Stage
+
+#: Where a fault finds the group.
+MOMENTS = ("idle", "start", "call")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`inject` makes it and returns when, on the monotonic clock; `undo` lets the stage be used again and returns when."""
+
+    name: str
+    text: str
+    inject: Callable[[Stage], float]
+    undo: Callable[[Stage], float]
+    #: Whether the group must end ("ends"), must live on ("lives"), or one call must time out and the group live ("stuck").
+    leads_to: str
+    #: Who notices first.
+    who: str
+    #: What the line of cause must contain, one of them.
+    line: tuple[str, ...] = ()
+    #: Processes of the group that cannot end before the fault is undone (what is stopped, what is cut off).
+    stays: tuple[str, ...] = ()
+    moments: tuple[str, ...] = MOMENTS
+    #: Seconds for which a fault that the group outlives lasts.
+    lasts: float = 6.0
+    #: Repeats in the whole matrix.
+    repeats: int = 10
+    #: Played by `make test` too, at these moments.
+    quick: tuple[str, ...] = ()
+
+
+def _nothing(_stage: Stage) -> float:
+    return time.monotonic()
+
+
+def _clear(stage: Stage) -> float:
+    stage.wire.clear()
+    return time.monotonic()
+
+
+def _to_group(pick: Callable[[Stage], Process], number: int) -> Callable[[Stage], float]:
+    return lambda stage: pick(stage).signal(number)
+
+
+def _continue(pick: Callable[[Stage], Process]) -> Callable[[Stage], float]:
+    return lambda stage: pick(stage).signal(signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def _daemon(stage: Stage, host: str) -> Iterator[Process]:
+    process = stage.daemon(host)
+    try:
+        yield process
+    finally:
+        process.close()
+
+
+def _to_daemon(host: str, number: int) -> Callable[[Stage], float]:
+    def inject(stage: Stage) -> float:
+        with _daemon(stage, host) as process:
+            at = process.signal(number)
+            if number == signal.SIGKILL:
+                process.gone(5)
+            return at
+
+    return inject
+
+
+def _restart(host: str) -> Callable[[Stage], float]:
+    def undo(stage: Stage) -> float:
+        at = time.monotonic()
+        stage.restart_daemon(host)
+        return at
+
+    return undo
+
+
+def _wire(direction: str = "both", **rule: object) -> Callable[[Stage], float]:
+    def inject(stage: Stage) -> float:
+        stage.wire.set(direction, **rule)
+        return time.monotonic()
+
+    return inject
+
+
+def _driver(number: int) -> Callable[[Stage], float]:
+    def inject(stage: Stage) -> float:
+        at = stage.driver.process.signal(number)
+        if number == signal.SIGKILL:
+            stage.driver.process.gone(5)
+        return at
+
+    return inject
+
+
+def _driver_leaves(stage: Stage) -> float:
+    at = time.monotonic()
+    stage.driver.do("leave")
+    return at
+
+
+def _new_driver(stage: Stage) -> float:
+    stage.new_driver()
+    return time.monotonic()
+
+
+def _worker(host: str) -> Callable[[Stage], Process]:
+    return lambda stage: stage.worker(host)
+
+
+def _keeper(host: str) -> Callable[[Stage], Process]:
+    return lambda stage: stage.keeper(host)
+
+
+KILL, STOP, CONT = signal.SIGKILL, signal.SIGSTOP, signal.SIGCONT
+ON_A = ("keeper@a", "worker@a")
+ON_B = ("keeper@b", "worker@b")
+
+FAULTS = [
+    Fault(
+        "worker-kill-near",
+        "SIGKILL of a worker on the driver's host",
+        _to_group(_worker("a"), KILL),
+        _nothing,
+        "ends",
+        "its keeper (pidfd)",
+        ("killed", "SIGKILL", "signal 9"),
+        quick=("idle", "start", "call"),
+    ),
+    Fault(
+        "worker-kill-far",
+        "SIGKILL of a worker on the other host",
+        _to_group(_worker("b"), KILL),
+        _nothing,
+        "ends",
+        "its keeper (pidfd)",
+        ("killed", "SIGKILL", "signal 9"),
+        quick=("call",),
+    ),
+    Fault(
+        "worker-exit-near",
+        "a worker on the driver's host ends with code 3",
+        Stage.go,
+        _nothing,
+        "ends",
+        "its keeper (pidfd)",
+        ("3",),
+        moments=("call",),
+        quick=("call",),
+    ),
+    Fault(
+        "worker-exit-far",
+        "a worker on the other host ends with code 3",
+        Stage.go,
+        _nothing,
+        "ends",
+        "its keeper (pidfd)",
+        ("3",),
+        moments=("call",),
+    ),
+    Fault(
+        "worker-stop",
+        "SIGSTOP of a worker (stuck for ever, alive to the kernel)",
+        _to_group(_worker("b"), STOP),
+        _continue(_worker("b")),
+        "stuck",
+        "the caller's timeout",
+        moments=("idle",),
+        repeats=5,
+    ),
+    Fault(
+        "keeper-kill-near",
+        "SIGKILL of the keeper on the driver's host",
+        _to_group(_keeper("a"), KILL),
+        _nothing,
+        "ends",
+        "the driver (session ends); workers by death signal",
+        ("keeper",),
+        quick=("call",),
+    ),
+    Fault(
+        "keeper-kill-far",
+        "SIGKILL of the keeper on the other host",
+        _to_group(_keeper("b"), KILL),
+        _nothing,
+        "ends",
+        "the driver (session ends); workers by death signal",
+        ("keeper",),
+        quick=("call",),
+    ),
+    Fault(
+        "keeper-stop-near",
+        "SIGSTOP of the keeper on the driver's host",
+        _to_group(_keeper("a"), STOP),
+        _continue(_keeper("a")),
+        "ends",
+        "the driver (silence)",
+        stays=ON_A,
+        repeats=5,
+    ),
+    Fault(
+        "keeper-stop-far",
+        "SIGSTOP of the keeper on the other host",
+        _to_group(_keeper("b"), STOP),
+        _continue(_keeper("b")),
+        "ends",
+        "the driver (silence)",
+        stays=ON_B,
+        repeats=5,
+    ),
+    Fault(
+        "daemon-kill",
+        "SIGKILL of the node daemon on the other host, started again after a while",
+        _to_daemon("b", KILL),
+        _restart("b"),
+        "lives",
+        "the head; the group does not notice",
+        quick=("call",),
+    ),
+    Fault(
+        "daemon-stop",
+        "SIGSTOP of the node daemon on the other host for 6 s",
+        _to_daemon("b", STOP),
+        _to_daemon("b", CONT),
+        "lives",
+        "the head (silence); the group does not notice",
+        repeats=5,
+    ),
+    Fault(
+        "head-kill",
+        "SIGKILL of the head, started again after a while",
+        _to_daemon("a", KILL),
+        _restart("a"),
+        "lives",
+        "the nodes; the group does not notice",
+        quick=("call",),
+    ),
+    Fault(
+        "head-stop",
+        "SIGSTOP of the head for 6 s",
+        _to_daemon("a", STOP),
+        _to_daemon("a", CONT),
+        "lives",
+        "the nodes (silence); the group does not notice",
+        repeats=5,
+    ),
+    Fault(
+        "driver-kill",
+        "SIGKILL of the driver",
+        _driver(KILL),
+        _new_driver,
+        "ends",
+        "the keepers (session ends, pidfd)",
+        quick=("call",),
+    ),
+    Fault(
+        "driver-exit",
+        "the driver ends without stopping its group",
+        _driver_leaves,
+        _new_driver,
+        "ends",
+        "the keepers (session ends, pidfd)",
+    ),
+    Fault(
+        "driver-stop",
+        "SIGSTOP of the driver",
+        _driver(STOP),
+        _driver(CONT),
+        "ends",
+        "the keepers (silence)",
+        repeats=5,
+    ),
+    Fault(
+        "cut",
+        "the wire is cut",
+        _wire(cut=True),
+        _clear,
+        "ends",
+        "driver and keeper, each by silence",
+        ("silent", "nothing heard", "no sign"),
+        quick=("call",),
+    ),
+    Fault(
+        "cut-from-driver",
+        "one-way cut: what the driver's host sends does not arrive",
+        _wire("ab", cut=True),
+        _clear,
+        "ends",
+        "the keeper (silence), then the driver",
+        quick=("call",),
+    ),
+    Fault(
+        "cut-to-driver",
+        "one-way cut: what the other host sends does not arrive",
+        _wire("ba", cut=True),
+        _clear,
+        "ends",
+        "the driver (silence)",
+    ),
+    Fault(
+        "loss-5",
+        "5 % of all packets lost, both ways",
+        _wire(loss=5),
+        _clear,
+        "lives",
+        "nobody",
+        repeats=3,
+        lasts=15,
+    ),
+    Fault(
+        "loss-30",
+        "30 % of all packets lost, both ways",
+        _wire(loss=30),
+        _clear,
+        "lives",
+        "nobody",
+        repeats=3,
+        lasts=60,
+    ),
+    Fault(
+        "delay-200",
+        "200 ms of delay each way, up to 50 ms more, some packets out of order",
+        _wire(delay=200, jitter=50, reorder=2),
+        _clear,
+        "lives",
+        "nobody",
+        repeats=3,
+        lasts=20,
+    ),
+    Fault(
+        "flap",
+        "the wire comes and goes: 1 s up, 1 s down",
+        _wire(flap="1000/1000"),
+        _clear,
+        "lives",
+        "nobody",
+        repeats=3,
+        lasts=20,
+    ),
+    Fault(
+        "mtu-hole",
+        "packets over 1300 bytes vanish without a word",
+        _wire(mtu=1300),
+        _clear,
+        "ends",
+        "driver and keeper, each by silence, once something long is sent",
+        moments=("call",),
+        repeats=5,
+    ),
+]

@@ -1,0 +1,262 @@
+"""Plays the failure matrix and writes down what was measured.
+
+    python tests/failure/matrix.py                      all of it, into docs/failure-matrix.json and .md
+    python tests/failure/matrix.py --only cut --repeats 2 --out DIR
+
+A cell is a fault at a moment of a group's life: idle, during its start (every rank is in its constructor, as when weights load), or in a
+call. Times are measured and recorded, not judged; what does not come within the patience of `stage.HANG` is a hang, and a problem.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from faults import FAULTS, Fault
+from stage import HANG, Hang, Stage
+
+RESULTS = Path("docs", "failure-matrix.json")
+WIRE = ("cut", "loss", "delay", "flap", "mtu")
+
+
+@dataclass
+class Cell:
+    """What was seen in a cell. Times in milliseconds, one per repeat."""
+
+    fault: str
+    moment: str
+    #: From the fault until the driver's call, callback or start had the cause.
+    told_ms: list[float] = field(default_factory=list)
+    #: From the fault until the last process of the group was gone.
+    gone_ms: list[float] = field(default_factory=list)
+    #: From the end of the fault until both nodes were alive and a group answered a call.
+    back_ms: list[float] = field(default_factory=list)
+    #: A start that had to work, with the fault there.
+    start_ms: list[float] = field(default_factory=list)
+    #: The slowest of the calls made while the fault was there.
+    slowest_ms: list[float] = field(default_factory=list)
+    #: Calls answered while the fault was there.
+    calls: int = 0
+    #: Lines of cause, as the driver got them, numbers replaced.
+    lines: list[str] = field(default_factory=list)
+    #: What was left of the group: a process, memfd, port or socket.
+    left: list[str] = field(default_factory=list)
+    #: Everything that was not as it must be.
+    problems: list[str] = field(default_factory=list)
+
+    def told(self, event: dict[str, object], since: float) -> None:
+        """The driver was told of the end of its group."""
+        at, line = event["time"], str(event.get("line", ""))
+        assert isinstance(at, float)
+        self.told_ms.append(1000 * (at - since))
+        if event["ok"]:
+            self.problems.append("what had to fail went on")
+        elif line not in self.lines:
+            self.lines.append(line)
+
+
+def cells(only: str = "") -> list[tuple[Fault, str]]:
+    return [(fault, moment) for fault in FAULTS for moment in fault.moments if only in f"{fault.name}-{moment}"]
+
+
+def play(stage: Stage, fault: Fault, moment: str, repeats: int, cell: Cell | None = None) -> Cell:
+    """Plays a cell `repeats` times on a stage with nothing on it and leaves it so, or raises `Hang`."""
+    cell = cell or Cell(fault.name, moment)
+    for _ in range(repeats):
+        if fault.leads_to == "ends":
+            _ends(stage, fault, moment, cell)
+        elif fault.leads_to == "lives":
+            _lives(stage, fault, moment, cell)
+        else:
+            _stuck(stage, fault, cell)
+    return cell
+
+
+def _ends(stage: Stage, fault: Fault, moment: str, cell: Cell) -> None:
+    told = _begin(stage, fault, moment)
+    since = fault.inject(stage)
+    if fault.name == "mtu-hole":
+        stage.driver.do("call", method="step", args=["x" * 300_000])
+    of_driver = fault.name.startswith("driver")
+    if not of_driver:
+        cell.told(stage.driver.wait(told), since)
+    _note_gone(stage, fault, cell, since)
+    undone = fault.undo(stage)
+    if fault.name == "driver-stop":
+        cell.told(stage.driver.wait(told), undone)
+    _, left = stage.group_gone(undone)
+    cell.left += [what for what in left if what not in cell.left]
+    stage.wait_alive(undone)
+    _note_left(stage, cell)
+    _note_back(stage, cell, undone)
+
+
+def _begin(stage: Stage, fault: Fault, moment: str) -> str:
+    """Brings a group to the moment; returns the event by which the driver tells of its end."""
+    if moment == "start":
+        stage.start_loading()
+        return "started"
+    stage.start()
+    if moment == "idle":
+        return "failed"
+    if fault.name.startswith("worker-exit"):
+        stage.hold("leave", (stage.worker_rank("a" if fault.name.endswith("near") else "b"), 3))
+    elif fault.name != "mtu-hole":
+        stage.hold()
+    return "called"
+
+
+def _note_gone(stage: Stage, fault: Fault, cell: Cell, since: float) -> None:
+    gone, left = stage.group_gone(since, fault.stays)
+    if gone is None:
+        cell.problems.append(f"still there after {HANG / 2:.0f} s: {', '.join(sorted(set(left)))}")
+    else:
+        cell.gone_ms.append(1000 * gone)
+
+
+def _note_left(stage: Stage, cell: Cell) -> None:
+    deadline = time.monotonic() + 5  # the daemons tidy up after a keeper a moment after its end
+    while (left := stage.leftovers()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    cell.left += [what for what in left if what not in cell.left]
+
+
+def _note_back(stage: Stage, cell: Cell, undone: float) -> None:
+    stage.start()
+    _one_call(stage)
+    cell.back_ms.append(1000 * (time.monotonic() - undone))
+    stage.driver.ask("stop", "stopped")
+
+
+def _one_call(stage: Stage) -> None:
+    answer = stage.driver.ask("call", "called", method="step", args=["x" * 100])
+    if not answer["ok"]:
+        raise Hang(f"a call on a sound group failed: {answer['line']}")
+
+
+def _lives(stage: Stage, fault: Fault, moment: str, cell: Cell) -> None:
+    on_wire = fault.name.startswith(WIRE)
+    before = len(stage.events())
+    since = time.monotonic()
+    if moment == "start" and on_wire:
+        fault.inject(stage)
+        stage.start()
+        cell.start_ms.append(1000 * (stage.group["time"] - since))
+    elif moment == "start":
+        stage.start_loading()
+        fault.inject(stage)
+    else:
+        stage.start()
+        if moment == "call":
+            stage.driver.do("steps", period=0.01, size=2048)
+        fault.inject(stage)
+    time.sleep(fault.lasts)
+    undone = fault.undo(stage)
+    if moment == "start" and not on_wire:
+        stage.go()
+        stage.group = stage.driver.wait("started")
+        if not stage.group["ok"]:
+            cell.problems.append(f"the start failed: {stage.group['line']}")
+    stage.wait_alive(undone)
+    if stage.group["ok"]:
+        stage.until(lambda: stage.group_state().endswith(str(stage.RANKS)), "the head knows the group again")
+    if moment == "call":
+        cell.back_ms.append(1000 * (time.monotonic() - undone))
+        stage.driver.do("enough")
+        stepped = stage.driver.wait("stepped")
+        cell.calls += stepped["count"]
+        cell.slowest_ms.append(1000 * stepped["slowest"])
+        if not stepped["ok"]:
+            cell.problems.append(f"a call failed: {stepped['line']}")
+    else:
+        _one_call(stage)
+        cell.back_ms.append(1000 * (time.monotonic() - undone))
+    if failed := stage.driver.seen("failed"):
+        cell.problems.append(f"the group failed: {failed['line']}")
+    if on_wire and "node-dead" in stage.events()[before:]:
+        cell.problems.append("a node was declared dead")
+    stage.driver.ask("stop", "stopped")
+    _, left = stage.group_gone(time.monotonic())
+    cell.left += [what for what in left if what not in cell.left]
+    _note_left(stage, cell)
+
+
+def _stuck(stage: Stage, fault: Fault, cell: Cell) -> None:
+    stage.start()
+    since = fault.inject(stage)
+    cell.told(stage.driver.ask("call", "called", method="step", args=["x" * 100], timeout=2), since)
+    undone = fault.undo(stage)
+    _one_call(stage)
+    cell.back_ms.append(1000 * (time.monotonic() - undone))
+    stage.driver.ask("stop", "stopped")
+    stage.group_gone(time.monotonic())
+    _note_left(stage, cell)
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(description="Plays the failure matrix.")
+    options.add_argument("--only", default="", help="cells whose name (fault-moment) contains this")
+    options.add_argument("--repeats", type=int, help="of each cell, instead of its own number")
+    options.add_argument("--out", type=Path, default=RESULTS.parent, help="folder of failure-matrix.json and .md")
+    options.add_argument("--logs", type=Path, default=Path("target", "failure-logs"), help="where logs of problems go")
+    given = options.parse_args()
+    found: dict[str, Cell] = {}
+    file = given.out / RESULTS.name
+    if file.exists():  # other cells of an earlier run stay
+        found = {f"{cell['fault']}-{cell['moment']}": Cell(**cell) for cell in json.loads(file.read_text())["cells"]}
+    stage: Stage | None = None
+    bad = 0
+    try:
+        for fault, moment in cells(given.only):
+            stage = stage or Stage()
+            cell = Cell(fault.name, moment)
+            begin = time.monotonic()
+            try:
+                play(stage, fault, moment, given.repeats or fault.repeats, cell)
+            except Hang as hang:
+                cell.problems.append(str(hang))
+            found[f"{fault.name}-{moment}"] = cell
+            print(summary(cell), f"({time.monotonic() - begin:.0f} s)", flush=True)
+            if cell.problems or cell.left:
+                bad += 1
+                stage.keep_logs(given.logs / f"{fault.name}-{moment}")
+                stage.close()
+                stage = None
+            given.out.mkdir(parents=True, exist_ok=True)
+            write(file, list(found.values()))
+    finally:
+        if stage:
+            stage.close()
+    return 1 if bad else 0
+
+
+def summary(cell: Cell) -> str:
+    """A cell on one line."""
+    words = [f"{cell.fault}-{cell.moment}:"]
+    for name in ("told_ms", "gone_ms", "back_ms", "start_ms", "slowest_ms"):
+        if times := sorted(getattr(cell, name)):
+            words.append(f"{name[:-3]} {times[len(times) // 2]:.0f}/{times[-1]:.0f}")
+    if cell.calls:
+        words.append(f"calls {cell.calls}")
+    words += [f"LEFT {what}" for what in cell.left] + [f"PROBLEM {what}" for what in cell.problems]
+    return " ".join(words)
+
+
+def write(file: Path, found: list[Cell]) -> None:
+    """The measured numbers, and the page made of them."""
+    import page
+
+    order = {f"{fault.name}-{moment}": index for index, (fault, moment) in enumerate(cells())}
+    found = sorted((c for c in found if f"{c.fault}-{c.moment}" in order), key=lambda c: order[f"{c.fault}-{c.moment}"])
+    record = {"date": time.strftime("%Y-%m-%d"), "cells": [asdict(cell) for cell in found]}
+    file.write_text(json.dumps(record, indent=1) + "\n")
+    file.with_suffix(".md").write_text(page.text(record, FAULTS))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    sys.exit(main())
