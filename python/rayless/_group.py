@@ -107,7 +107,7 @@ class WorkerGroup:
             versions=list(_versions().items()),
             program=python or sys.executable,
             arguments=[*_interpreter_flags(), "-m", "rayless._worker"],
-            directory=os.getcwd(),
+            directory=_directory(),
             env=list(_environment(env).items()),
             rank_env=[list(each.items()) for each in rank_env or ()],
             boot=_boot(),
@@ -238,6 +238,15 @@ def _wait(wait: float | None) -> float:
     if not seconds >= 0:
         raise ValueError(f"RAYLESS_WAIT={text} is not a time\nhint: seconds, 0 or more")
     return seconds
+
+
+def _directory() -> str:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        from rayless.exceptions import LaunchError
+
+        raise LaunchError("the working directory of this process is gone\nhint: change to another one first") from None
 
 
 def _versions() -> dict[str, str]:

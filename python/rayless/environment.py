@@ -57,20 +57,22 @@ NOT_FORWARDED = frozenset(
 )
 
 #: Set by the keeper for each worker; a driver that is itself a worker must not hand its own on.
-PER_WORKER_PREFIX = (
-    "RAYLESS_RANK",
-    "RAYLESS_LOCAL_",
-    "RAYLESS_WORLD_SIZE",
-    "RAYLESS_GROUP",
-    "RAYLESS_NODE",
+PER_WORKER = (
     "RAYLESS_GPU_IDS",
+    "RAYLESS_GPU_UUIDS",
+    "RAYLESS_GROUP",
+    "RAYLESS_LOCAL_RANK",
+    "RAYLESS_LOCAL_WORLD_SIZE",
+    "RAYLESS_NODE",
+    "RAYLESS_NODE_ID",
+    "RAYLESS_NODE_IP",
+    "RAYLESS_NODE_NAME",
+    "RAYLESS_RANK",
+    "RAYLESS_WORKER_FDS",
+    "RAYLESS_WORLD_SIZE",
 )
 
 
 def forwarded(environ: Mapping[str, str]) -> dict[str, str]:
     """The part of ``environ`` that goes along to the workers."""
-    return {
-        name: value
-        for name, value in environ.items()
-        if name not in NOT_FORWARDED and not name.startswith(PER_WORKER_PREFIX)
-    }
+    return {name: value for name, value in environ.items() if name not in NOT_FORWARDED and name not in PER_WORKER}

@@ -12,7 +12,7 @@ import pytest
 import hosted
 import rayless
 from conftest import Cluster, a_cluster
-from rayless.exceptions import ClusterNotFoundError, PlacementError, RayError
+from rayless.exceptions import ClusterNotFoundError, LaunchError, PlacementError, RayError, WorkerDiedError
 
 
 def test_no_daemon_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,6 +77,7 @@ def test_wait_zero_refuses_at_once_with_the_table(cluster: Cluster, start: Calla
         start(hosted.Plain, 4, bundles={"GPU": 1}, wait=0)
     cause, hint, *table = str(caught.value).splitlines()
     assert "GPU" in cause
+    assert cause not in table
     assert hint.startswith("hint: ")
     shown = "\n".join(table)
     assert "GPU 4 in 4 bundles" in shown
@@ -156,6 +157,28 @@ def test_what_a_worker_gets(
     ]
     for info, (address,) in zip(group.ranks, group.call("environ", "VLLM_HOST_IP"), strict=True):
         assert address == info.node_env["VLLM_HOST_IP"] == info.address
+
+
+def test_an_interpreter_that_is_missing_is_named(start: Callable[..., rayless.WorkerGroup]) -> None:
+    with pytest.raises(LaunchError, match=r"cannot start /nowhere/python: .*\nhint: install that interpreter on node"):
+        start(hosted.Plain, 2, python="/nowhere/python")
+
+
+def test_a_worker_that_does_not_come_up_ends_the_start(start: Callable[..., rayless.WorkerGroup]) -> None:
+    with pytest.raises(WorkerDiedError, match="exited with code 1"):
+        start(hosted.Plain, 2, python="/bin/false")
+    assert start(hosted.Plain, 2).call("add") == [1, 1]
+
+
+def test_a_folder_that_is_gone_is_said(
+    start: Callable[..., rayless.WorkerGroup], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "short-lived"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    with pytest.raises(LaunchError, match="working directory of this process is gone\nhint: "):
+        start(hosted.Plain, 1)
 
 
 def test_output_of_workers_shows_at_the_driver(cluster: Cluster) -> None:

@@ -29,7 +29,9 @@ fn refused(py: Python<'_>, refusal: &Refusal, table: Option<&NeedHave>) -> PyErr
         text.push_str(&format!("\nhint: {}", refusal.hint));
     }
     if let Some(table) = table {
-        text.push_str(&format!("\n{table}"));
+        let shown = table.to_string();
+        // Its first line is the cause, which is said already.
+        text.push_str(&format!("\n{}", shown.strip_prefix(&format!("{}\n", refusal.cause)).unwrap_or(&shown)));
     }
     match refusal.kind {
         RefusalKind::Policy => exception(py, "RefusedError", (text,)),
@@ -42,6 +44,7 @@ fn refused(py: Python<'_>, refusal: &Refusal, table: Option<&NeedHave>) -> PyErr
 pub(crate) fn start(py: Python<'_>, error: StartError) -> PyErr {
     match error {
         StartError::Client(error) => client(py, error),
+        StartError::Failed(GroupFailure::Ended { cause }) => exception(py, "LaunchError", (cause,)),
         StartError::Failed(failure) => group(py, &failure),
         StartError::Versions { .. } => exception(py, "RefusedError", (error.to_string(),)),
         StartError::Unreachable { .. } | StartError::TimedOut { .. } | StartError::GivenUp | StartError::Io(_) => {
