@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
-from vllm import envs
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.executor.abstract import Executor
@@ -22,6 +21,7 @@ from vllm.v1.executor.abstract import Executor
 import rayless
 from rayless.vllm.environment import gpus_per_worker
 from rayless.vllm.worker import Found, Plan, Worker, find
+from vllm import envs
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -101,6 +101,7 @@ class Worker:
         # data-parallel rank nor expect the whole world on this node. This copy of the configuration is this
         # rank's alone, and nothing in a worker asks it for anything else.
         self._config.parallel_config.distributed_executor_backend = "ray"
+        _configure_logging(self._config)
         return rendezvous
 
     def init_device(self, rendezvous: str) -> None:
@@ -131,8 +132,9 @@ class Worker:
     def load_model(self) -> None:
         """Loads the weights of this stage; the whole group has formed when this is called."""
         self._forget_shared_names()
-        from vllm import envs
         from vllm.platforms import current_platform
+
+        from vllm import envs
 
         self._worker.load_model()
         # Since 0.20 the block size follows from the attention backends, once these are known.
@@ -262,6 +264,15 @@ def _choose_network_device(config: VllmConfig, plan: Plan) -> None:
     except ImportError:
         return
     set_worker_net_device(plan["device"], config)
+
+
+def _configure_logging(config: VllmConfig) -> None:
+    """Level and format as the front end was told; up to vLLM 0.25 importing it is enough."""
+    chosen = getattr(config, "logging_config", None)
+    if chosen is not None:
+        from vllm.logger import configure_logging
+
+        configure_logging(chosen)
 
 
 def _label_process(config: VllmConfig) -> None:
