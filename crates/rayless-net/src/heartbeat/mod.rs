@@ -7,25 +7,28 @@
 //! # Heartbeats
 //! Every half second ([`HEARTBEAT_PERIOD`](rayless_proto::limits::HEARTBEAT_PERIOD)) a node sends one datagram; QUIC's acknowledgement, which it asks for at once, is the echo.
 //! Alive is who sent *any* authentic packet: where one is lost, QUIC probes again after 30 ms, 60, 120, …, and a node whose
-//! heartbeat is not answered sends ten a second. Between two hosts that lose 30 % of all packets, more than twenty have to be
+//! heartbeat is not answered sends twenty a second. Between two hosts that lose 30 % of all packets, some forty have to be
 //! lost in a row, there or back, before three seconds are silent. No congestion window holds them back.
 //!
 //! # Judgement
 //! Who is dead is not decided here: [`Watch`] hears every sign and is asked to judge, on this thread. Before it is asked, all that
 //! waits in the sockets has been read: an observer that slept does not mistake its own silence for that of others.
 
+mod event;
 mod privilege;
 mod pulse;
 mod session;
+mod traffic;
 
+pub use event::{DialError, NetEvent, Sign, Watch};
 pub use privilege::Privileges;
 pub use pulse::PeerPulse;
 pub use session::{ControlSession, SessionId, SessionOver};
 
 use crate::{
-    counters::{Counters, Refusal},
+    counters::Counters,
     identity::ClusterIdentity,
-    quic::{Acceptor, CloseCause, CloseCode, ConnectError, Endpoint, EndpointError, Session},
+    quic::{Acceptor, CloseCode, Endpoint, EndpointError, Session},
     runtime::Alarm,
 };
 use pulse::Pulses;
@@ -54,69 +57,6 @@ const STACK: usize = 1 << 20;
 /// Between two attempts to bring a lost heartbeat connection back.
 const RETRY_FROM: Duration = Duration::from_millis(50);
 const RETRY_TO: Duration = Duration::from_secs(1);
-
-/// A sign of life.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Sign {
-    /// Of whom.
-    pub peer: NodeId,
-    /// Of which life of it; 0 for the head.
-    pub incarnation: Incarnation,
-    /// When; never later than it really was.
-    pub at: Instant,
-    /// The round trip, where it is known.
-    pub rtt: Option<Duration>,
-}
-
-/// Who judges, on the network thread. Must not block.
-pub trait Watch: Send {
-    /// A sign of life, of any peer with a heartbeat connection, wanted or not.
-    fn heard(&mut self, sign: Sign);
-
-    /// Time to judge. Called at least every half second, and not much before the instant that it returned.
-    fn tick(&mut self, now: Instant) -> Option<Instant>;
-}
-
-/// What the main thread is told.
-#[derive(Debug)]
-pub enum NetEvent {
-    /// A control session is open: a node's, on the head; the one dialled, on a node.
-    Opened(ControlSession),
-    /// A message on it.
-    Message {
-        /// Which session.
-        session: SessionId,
-        /// The bytes of one message, not yet checked.
-        message: Vec<u8>,
-    },
-    /// It is over; nothing more comes from it. Where a node opens a second session, the first one's end comes first.
-    Closed {
-        /// Which session.
-        session: SessionId,
-        /// Why.
-        cause: CloseCause,
-    },
-    /// [`NetThread::dial`] came to nothing.
-    DialFailed {
-        /// Who was called.
-        head: SocketAddr,
-        /// Why.
-        error: DialError,
-    },
-    /// A stranger was turned away. At most one a second per reason; all are counted.
-    Refused(Refusal),
-}
-
-/// A head could not be dialled.
-#[derive(Debug, thiserror::Error)]
-pub enum DialError {
-    /// No session came about.
-    #[error(transparent)]
-    Connect(#[from] ConnectError),
-    /// No socket could be opened on the address given.
-    #[error(transparent)]
-    Endpoint(#[from] EndpointError),
-}
 
 /// What the thread is started with.
 pub struct NetConfig {
@@ -313,7 +253,7 @@ impl Calling {
                 }
                 Some((endpoint, session)) = fresh.recv() => {
                     let id = self.next_session();
-                    let (control, _) = session::run(id, session, None, self.events.clone(), self.counters.clone());
+                    let (control, _) = traffic::run(id, session, None, self.events.clone(), self.counters.clone());
                     if let Some((_, old)) = called.replace((endpoint, control)) {
                         old.abort(CloseCode::Replaced, "dialled again");
                     }
@@ -333,7 +273,7 @@ impl Calling {
             task
         });
         let peer = session.link.peer().node;
-        nodes.insert(peer, session::run(id, session, older, self.events.clone(), self.counters.clone()));
+        nodes.insert(peer, traffic::run(id, session, older, self.events.clone(), self.counters.clone()));
     }
 
     /// A node's heartbeats.

@@ -1,6 +1,6 @@
 //! Who was heard of, and when; who is to be told that we live.
 
-use super::{Sign, Watch};
+use super::event::{Sign, Watch};
 use crate::quic::Link;
 use rayless_proto::{
     ids::{Incarnation, NodeId},
@@ -15,7 +15,7 @@ use std::{
 };
 
 /// Between two heartbeats while none is answered.
-const ANXIOUS_PERIOD: Duration = Duration::from_millis(100);
+const ANXIOUS_PERIOD: Duration = Duration::from_millis(50);
 
 /// A peer with a heartbeat connection, for `status`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -118,11 +118,10 @@ impl Pulses {
             if let Some(beat) = &mut entry.beat {
                 if beat.due <= now {
                     beat.send(&entry.link, entry.pulse.rtt);
-                    // No echo of the last one: something is lost. Asked ten times a second, a path that loses 30 % in each
-                    // direction stays silent for two more seconds once in some million times.
+                    // No echo of the last one: something is lost. Asked twenty times a second, a path that loses 30 % in each
+                    // direction stays silent for two more seconds less than once in a billion times.
                     let silent = now.saturating_duration_since(entry.pulse.heard);
-                    let period =
-                        if silent > HEARTBEAT_PERIOD + ANXIOUS_PERIOD { ANXIOUS_PERIOD } else { HEARTBEAT_PERIOD };
+                    let period = if silent > HEARTBEAT_PERIOD * 5 / 4 { ANXIOUS_PERIOD } else { HEARTBEAT_PERIOD };
                     beat.due = (beat.due + period).max(now + period / 2);
                 }
                 next = next.min(beat.due);
