@@ -45,7 +45,7 @@ pub enum ClientError {
     #[error("{}{}", refusal.cause, if refusal.hint.is_empty() { String::new() } else { format!("\nhint: {}", refusal.hint) })]
     Refused {
         /// Why.
-        refusal: Refusal,
+        refusal: Box<Refusal>,
         /// The table, where resources are short.
         table: Option<NeedHave>,
     },
@@ -130,7 +130,9 @@ impl LocalClient {
                             return Ok(None);
                         }
                     }
-                    ClientReply::Refused { refusal, table } => return Err(ClientError::Refused { refusal, table }),
+                    ClientReply::Refused { refusal, table } => {
+                        return Err(ClientError::Refused { refusal: Box::new(refusal), table });
+                    }
                     answer => return Ok(Some(answer)),
                 }
             }

@@ -375,10 +375,10 @@ impl Core {
         if index >= self.peers.len() {
             return;
         }
-        if flags.intersects(!EventFlags::OUT) {
-            if let Err(error) = self.receive(index) {
-                self.lose(index, &error);
-            }
+        if flags.intersects(!EventFlags::OUT)
+            && let Err(error) = self.receive(index)
+        {
+            self.lose(index, &error);
         }
         if self.peers[index].wants_room() || flags.contains(EventFlags::OUT) {
             self.send_to(index);

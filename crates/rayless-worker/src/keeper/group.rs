@@ -184,14 +184,12 @@ impl Group {
     }
 
     fn on_deadline(&mut self) {
-        match &mut self.ending {
-            Some(ending) => {
-                if ending.kill_at.take().is_some() {
-                    self.kill_all();
-                }
+        if let Some(ending) = &mut self.ending {
+            if ending.kill_at.take().is_some() {
+                self.kill_all();
             }
-            None if !self.launched => self.end("no driver came to start it".into(), None),
-            None => {}
+        } else if !self.launched {
+            self.end("no driver came to start it".into(), None);
         }
     }
 

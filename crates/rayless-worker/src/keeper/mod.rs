@@ -65,7 +65,7 @@ pub fn run() -> Result<(), KeeperError> {
     let log_dir = log_dir(&config);
     make_dir(&log_dir)?;
     let socket = socket_path(&config);
-    make_dir(socket.parent().unwrap_or(Path::new("/")))?;
+    make_dir(socket.parent().unwrap_or_else(|| Path::new("/")))?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()

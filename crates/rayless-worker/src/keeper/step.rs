@@ -226,6 +226,10 @@ impl Step {
             match self.orders.try_recv() {
                 Ok(Order::Begin { session, local }) => {
                     self.local = local;
+                    if local {
+                        // From here on the driver collects; this thread must not take its wake-ups away.
+                        let _ = epoll::delete(&self.epoll, &self.setup.replies);
+                    }
                     let data = epoll::EventData::new_u64(SESSION);
                     let _ = epoll::add(&self.epoll, session.fd(), data, epoll::EventFlags::IN);
                     self.interest = epoll::EventFlags::IN;

@@ -36,7 +36,7 @@ impl Map {
         let fd = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
         rustix::fs::ftruncate(&fd, length as u64)?;
         rustix::fs::fcntl_add_seals(&fd, SEALS)?;
-        let map = Self::map(&fd, length)?;
+        let map = Self::of_fd(&fd, length)?;
         Ok((fd, map))
     }
 
@@ -47,11 +47,11 @@ impl Map {
         }
         let length = usize::try_from(rustix::fs::fstat(&fd)?.st_size)
             .map_err(|_| io::Error::from(io::ErrorKind::InvalidData))?;
-        Self::map(fd, length)
+        Self::of_fd(fd, length)
     }
 
-    fn map(fd: impl AsFd, length: usize) -> io::Result<Self> {
-        if length == 0 || length % 4096 != 0 {
+    fn of_fd(fd: impl AsFd, length: usize) -> io::Result<Self> {
+        if length == 0 || !length.is_multiple_of(4096) {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "shared memory of odd size"));
         }
         // SAFETY: a fresh mapping at an address that the kernel chooses; it aliases nothing of ours.
@@ -123,7 +123,7 @@ impl Map {
 
 impl Drop for Map {
     fn drop(&mut self) {
-        // SAFETY: the exact range that `map` made; no reference into it outlives `self`.
+        // SAFETY: the exact range that `of_fd` made; no reference into it outlives `self`.
         let _ = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), self.length) };
     }
 }

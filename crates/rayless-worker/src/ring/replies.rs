@@ -145,7 +145,7 @@ impl ReplyReader {
         let at = self.ring.at_replies + self.reader * self.ring.reply_bytes;
         let mask = self.ring.reply_bytes - 1;
         let offset = self.tail as usize & mask;
-        if offset % RECORD_HEAD != 0 {
+        if !offset.is_multiple_of(RECORD_HEAD) {
             return Err(broken("its reply position is misaligned"));
         }
         let mut record = [0; RECORD_HEAD];

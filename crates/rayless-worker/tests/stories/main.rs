@@ -2,6 +2,14 @@
 //! fixture (`world`) starts the keepers and hands the sessions over as a daemon does. No Python either: `worker` is a small program in Rust.
 //!
 //! `cargo test -p rayless-worker --test stories [-- NAME...]` runs them; `-- bench` measures calls.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::print_stdout,
+    clippy::print_stderr,
+    clippy::exit,
+    reason = "a test, though one with a main of its own"
+)]
 
 mod bench;
 mod calls;
