@@ -1,17 +1,18 @@
 //! Silence into verdicts: alive, suspect, dead.
 //!
 //! # Bounds
-//! With `D` = `dead_after` and `P` = [`Detector::PERIOD`], for a peer that falls silent for good:
+//! With `D` = `dead_after` and `P` = [`Detector::PERIOD`], for a peer that falls silent for good and an observer that ticks when
+//! [`Detector::next_tick`] says (each `P` while anybody is silent, seldom while all talk: a daemon at rest shall rest):
 //! - an observer whose ticks come on time declares it suspect within `D/2 + P` and dead within `D + P` of its last sign, and never
 //!   before `D/2` and `D`;
 //! - one late tick (more than [`OBSERVER_LATE`] after it was due) restarts the window: it was the observer that slept, and what
 //!   the peer sent meanwhile may be lost. Dead is then declared within `D + P` of that tick;
 //! - an observer that is often late would never notice a death. So at most [`Detector::MAX_RESTARTS`] late ticks restart
-//!   the window of one silence. After that a late tick counts as the longest tick that is still on time (`P + OBSERVER_LATE`).
+//!   the window of one silence. After that a late tick counts as the longest tick that is still on time.
 //!
 //! An observer should read all that waits in its socket before it ticks: what came while it slept is then no longer silence.
 
-use rayless_proto::limits::OBSERVER_LATE;
+use rayless_proto::limits::{HEARTBEAT_PERIOD, OBSERVER_LATE};
 use std::{
     collections::BTreeMap,
     time::{Duration, Instant},
@@ -46,21 +47,24 @@ struct Peer {
 #[derive(Debug)]
 pub struct Detector<P> {
     dead_after: Duration,
-    last_tick: Option<Instant>,
+    /// When the next tick is due, and how long after the last one that is.
+    due: Option<(Instant, Duration)>,
     late_ticks: u64,
     peers: BTreeMap<P, Peer>,
 }
 
 impl<P: Ord + Copy> Detector<P> {
-    /// Time between two calls of [`tick`](Self::tick).
+    /// Time between two calls of [`tick`](Self::tick) while anybody is silent.
     pub const PERIOD: Duration = Duration::from_millis(100);
+    /// The longest time between two calls, while all talk (a quarter of `dead_after` where that is shorter).
+    pub const CALM_PERIOD: Duration = HEARTBEAT_PERIOD;
     /// How many late ticks may restart the window of one silence of a peer.
     pub const MAX_RESTARTS: u32 = 3;
 
     /// A detector that declares death after `dead_after` of silence (at least twice the heartbeat period is sensible;
     /// less than [`PERIOD`](Self::PERIOD) is treated as that).
     pub fn new(dead_after: Duration) -> Self {
-        Self { dead_after: dead_after.max(Self::PERIOD), last_tick: None, late_ticks: 0, peers: BTreeMap::new() }
+        Self { dead_after: dead_after.max(Self::PERIOD), due: None, late_ticks: 0, peers: BTreeMap::new() }
     }
 
     /// The limit in force.
@@ -77,7 +81,7 @@ impl<P: Ord + Copy> Detector<P> {
     pub fn watch(&mut self, peer: P, now: Instant) {
         if self.next_tick(now).is_none() {
             // Nobody was watched, so nobody had to tick: the first tick is not a late one.
-            self.last_tick = None;
+            self.due = None;
         }
         let fresh = Peer { silent: Duration::ZERO, counted: now, heard: now, verdict: Transition::Alive, restarts: 0 };
         self.peers.insert(peer, fresh);
@@ -101,13 +105,15 @@ impl<P: Ord + Copy> Detector<P> {
         (std::mem::replace(&mut peer.verdict, Transition::Alive) == Transition::Suspect).then_some(Transition::Alive)
     }
 
-    /// Passes judgement. To be called each [`PERIOD`](Self::PERIOD) while anything is watched.
+    /// Passes judgement. To be called when [`next_tick`](Self::next_tick) says; more often does no harm.
     #[must_use]
     pub fn tick(&mut self, now: Instant) -> Vec<(P, Transition)> {
-        let late =
-            self.last_tick.is_some_and(|last| now.saturating_duration_since(last) > Self::PERIOD + OBSERVER_LATE);
-        self.last_tick = Some(now);
+        let (due, period) = self.due.unwrap_or((now, Self::PERIOD));
+        let late = now.saturating_duration_since(due) > OBSERVER_LATE;
+        let longest = period + OBSERVER_LATE;
         self.late_ticks += u64::from(late);
+        let calm_period = (self.dead_after / 4).clamp(Self::PERIOD, Self::CALM_PERIOD);
+        let mut is_calm = true;
         let mut changes = Vec::new();
         for (&name, peer) in &mut self.peers {
             if peer.verdict == Transition::Dead {
@@ -116,13 +122,16 @@ impl<P: Ord + Copy> Detector<P> {
             let elapsed = now.saturating_duration_since(peer.counted);
             peer.counted = peer.counted.max(now);
             // A peer whose watch began after the last tick has not been missed by a sleeping observer.
-            let slept = late && elapsed > Self::PERIOD + OBSERVER_LATE;
+            let slept = late && elapsed > longest;
             if slept && peer.restarts < Self::MAX_RESTARTS {
                 peer.restarts += 1;
                 peer.silent = Duration::ZERO;
+                is_calm = false;
                 continue;
             }
-            peer.silent += elapsed.min(Self::PERIOD + OBSERVER_LATE);
+            peer.silent += elapsed.min(longest);
+            // Of a peer that talks, nothing is heard for one heartbeat at most.
+            is_calm &= peer.restarts == 0 && peer.silent <= calm_period + Self::PERIOD;
             let verdict = if peer.silent > self.dead_after {
                 Transition::Dead
             } else if peer.silent > self.dead_after / 2 {
@@ -135,13 +144,15 @@ impl<P: Ord + Copy> Detector<P> {
                 changes.push((name, verdict));
             }
         }
+        let period = if is_calm { calm_period } else { Self::PERIOD };
+        self.due = Some((now + period, period));
         changes
     }
 
     /// When [`tick`](Self::tick) is due next; `None` while nothing is watched.
     pub fn next_tick(&self, now: Instant) -> Option<Instant> {
         let watched = self.peers.values().any(|p| p.verdict != Transition::Dead);
-        watched.then(|| self.last_tick.map_or(now, |last| last + Self::PERIOD))
+        watched.then(|| self.due.map_or(now, |(due, _)| due))
     }
 
     /// What `peer` is held for, and how long ago it was heard of.

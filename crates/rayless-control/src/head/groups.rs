@@ -253,10 +253,26 @@ impl Head {
         }
         self.dirty = true;
         match phase {
-            Phase::Failed => self.note("group-failed", format!("group {title} failed: {cause}"), now),
+            Phase::Failed => {
+                self.note("group-failed", format!("group {title} failed: {cause}"), now);
+                self.send_notice(id);
+            }
             _ => self.note("group-stopped", format!("group {title} stopped"), now),
         }
         self.prune_groups();
+    }
+
+    /// Has the last event in the log of each node of the group, too: whoever looks there first finds the one cause.
+    fn send_notice(&mut self, id: GroupId) {
+        let Some(event) = self.events.back().cloned() else { return };
+        let nodes =
+            self.groups.get(&id).map(|g| g.parts.keys().copied().chain([g.driver_node]).collect::<BTreeSet<_>>());
+        for node in nodes.unwrap_or_default() {
+            // The head's own node has it from `Effect::Notify`.
+            if node != self.config.node {
+                self.send(node, ToNode::Notice(event.clone()));
+            }
+        }
     }
 
     /// Tells a node to end its part.

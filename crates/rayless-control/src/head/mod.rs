@@ -73,8 +73,10 @@ pub struct Head {
     refused_handshakes: u64,
     /// Counts changes of who is placeable and of what nodes have at all.
     shape: u64,
-    /// Something became free or a request came: the queue is worth another look.
+    /// Something became free: all who wait are worth another look.
     stirred: bool,
+    /// Somebody new waits.
+    arrived: bool,
     dirty: bool,
     saved: Option<Instant>,
     effects: VecDeque<Effect>,
@@ -99,6 +101,7 @@ impl Head {
             refused_handshakes: 0,
             shape: 0,
             stirred: false,
+            arrived: false,
             dirty: true,
             saved: None,
             effects: VecDeque::new(),

@@ -260,6 +260,8 @@ pub(super) struct Waiting {
     pub(super) since: Instant,
     pub(super) until: Instant,
     pub(super) next_report: Instant,
+    /// Nothing became free since it was last tried.
+    pub(super) tried: bool,
     /// Whether it could be placed if nobody held anything, as of this version of the cluster's shape.
     pub(super) feasible: Option<(u64, bool)>,
 }

@@ -69,14 +69,26 @@ impl Head {
             return self.refuse(requester, RefusalKind::Resources, cause, "`rayless status` shows what holds the GPUs");
         }
         let until = now + Duration::from_millis(wait_ms).min(MAX_WAIT);
-        self.queue.push_back(Waiting { requester, want, since: now, until, next_report: now, feasible: None });
-        self.stirred = true;
+        self.queue.push_back(Waiting {
+            requester,
+            want,
+            since: now,
+            until,
+            next_report: now,
+            tried: false,
+            feasible: None,
+        });
+        self.arrived = true;
     }
 
     /// Serves whom it can, and tells the others, when it is time.
     pub(super) fn run_queue(&mut self, now: Instant) {
         loop {
             if std::mem::take(&mut self.stirred) {
+                self.queue.iter_mut().for_each(|w| w.tried = false);
+                self.arrived = true;
+            }
+            if std::mem::take(&mut self.arrived) {
                 self.serve(now);
             }
             // Who gives up makes way for those behind.
@@ -122,8 +134,11 @@ impl Head {
         let mut claims: Vec<Claim> = Vec::new();
         let mut at = 0;
         while at < self.queue.len() {
-            match self.seats_for(&self.queue[at], &claims) {
+            let waiting = &self.queue[at];
+            let answer = if waiting.tried { Answer::Wait } else { self.seats_for(waiting, &claims) };
+            match answer {
                 Answer::Wait => {
+                    self.queue[at].tried = true;
                     if self.is_feasible(at) {
                         let want = &self.queue[at].want;
                         let mut bundles: Vec<Resources> = Vec::new();

@@ -23,6 +23,7 @@ impl Head {
     pub fn status(&self, now: Instant) -> StatusReport {
         let mut nodes: Vec<_> = self.nodes.iter().collect();
         nodes.sort_by(|a, b| (a.1.is_gone(), &a.1.info.name, a.0).cmp(&(b.1.is_gone(), &b.1.info.name, b.0)));
+        let holders = self.holders_of_gpus();
         let mut groups: Vec<_> = self.groups.iter().collect();
         groups.sort_by_key(|(id, g)| (g.phase.is_over(), g.ended, **id));
         StatusReport {
@@ -31,7 +32,7 @@ impl Head {
             protocol: PROTOCOL_MAX,
             uptime_ms: millis(self.started, now),
             refused_handshakes: self.refused_handshakes,
-            nodes: nodes.into_iter().map(|(id, node)| self.node_status(*id, node, now)).collect(),
+            nodes: nodes.into_iter().map(|(id, node)| self.node_status(*id, node, &holders, now)).collect(),
             groups: groups.into_iter().map(|(id, group)| group_status(*id, group)).collect(),
             placement_groups: self
                 .placement_groups
@@ -48,15 +49,31 @@ impl Head {
         }
     }
 
-    fn node_status(&self, id: NodeId, node: &Node, now: Instant) -> NodeStatus {
+    fn holders_of_gpus(&self) -> BTreeMap<(NodeId, u32), Vec<GroupId>> {
+        let mut holders: BTreeMap<(NodeId, u32), Vec<GroupId>> = BTreeMap::new();
+        for (id, group) in &self.groups {
+            for (node, part) in group.parts.iter().filter(|(_, p)| p.keeper != Keeper::Gone) {
+                for share in part.ranks.iter().flat_map(|r| &r.allocation.gpus) {
+                    let of_gpu = holders.entry((*node, share.index)).or_default();
+                    if of_gpu.last() != Some(id) {
+                        of_gpu.push(*id);
+                    }
+                }
+            }
+        }
+        holders
+    }
+
+    fn node_status(
+        &self,
+        id: NodeId,
+        node: &Node,
+        holders: &BTreeMap<(NodeId, u32), Vec<GroupId>>,
+        now: Instant,
+    ) -> NodeStatus {
         let is_head = id == self.config.node;
         let gpu = |info: &GpuInfo| {
-            let held_by = self.groups.iter().filter(|(_, g)| {
-                let part = g.parts.get(&id).filter(|p| p.keeper != Keeper::Gone);
-                let mut gpus = part.into_iter().flat_map(|p| &p.ranks).flat_map(|r| &r.allocation.gpus);
-                gpus.any(|g| g.index == info.index)
-            });
-            let held_by: Vec<GroupId> = held_by.map(|(id, _)| *id).collect();
+            let held_by = holders.get(&(id, info.index)).cloned().unwrap_or_default();
             let device = node.pool.devices().iter().find(|d| d.index == info.index);
             let state = match device {
                 Some(d) if d.free < d.total => GpuState::Held,
