@@ -226,8 +226,8 @@ mod tests {
         let seen = ticks(&mut watch, start, 0, 60_000, 500);
         assert_eq!(seen.last().map(|s| s.1), Some(Transition::Dead));
         let died = seen.last().map_or(0, |s| s.0);
-        // Three restarts, then eight ticks of 400 ms that count.
-        assert!(died <= 500 * (3 + 8 + 1), "{died}");
+        // Two calm ticks, three restarts, then eight ticks of 400 ms that count.
+        assert!(died <= 500 * (2 + 3 + 8), "{died}");
         // And a peer that does talk is safe with such an observer.
         let mut watch = Watch::new(D);
         watch.watch(1, start);
@@ -235,6 +235,30 @@ mod tests {
             let now = start + Duration::from_millis(500 * beat);
             assert_eq!(watch.heard(1, now), None);
             assert_eq!(watch.tick(now), []);
+        }
+    }
+
+    #[test]
+    fn while_all_talk_it_rests_and_a_death_is_noticed_as_soon() {
+        for (d, beat, last_words) in [(3000, 500, 5000), (3000, 500, 4990), (3000, 700, 7000), (1000, 200, 5000)] {
+            let start = Instant::now();
+            let mut watch = Watch::new(Duration::from_millis(d));
+            watch.watch(1, start);
+            let (mut now, mut spoken, mut ticks, mut seen) = (0, 0, 0, Vec::new());
+            while seen.last().is_none_or(|(_, t)| *t != Transition::Dead) {
+                while spoken + beat <= now.min(last_words) {
+                    spoken += beat;
+                    assert_eq!(watch.heard(1, start + Duration::from_millis(spoken)), None);
+                }
+                ticks += u64::from(now <= last_words);
+                seen.extend(watch.tick(start + Duration::from_millis(now)).into_iter().map(|(_, t)| (now - spoken, t)));
+                let next = watch.next_tick(start + Duration::from_millis(now)).unwrap_or(start);
+                now = now.max(next.saturating_duration_since(start).as_millis() as u64);
+            }
+            let bound = |at: u64, limit: u64| at > limit && at <= limit + 100;
+            assert!(matches!(seen[..], [(s, _), (x, _)] if bound(s, d / 2) && bound(x, d)), "{d} {beat}: {seen:?}");
+            assert!(beat > 600 || ticks <= last_words / (d / 4).min(500) + 2, "{d} {beat}: {ticks}");
+            assert_eq!(watch.late_ticks(), 0);
         }
     }
 
