@@ -106,7 +106,10 @@ impl LocalClient {
 
     /// [`Self::request`] that also calls `on_progress` with `None` each `tick`, and gives up (`None`) where that returns `false`; the caller then
     /// drops the connection, which cancels the request.
-    pub(crate) fn request_while(
+    ///
+    /// # Errors
+    /// As [`Self::request`].
+    pub fn request_while(
         &mut self,
         body: ClientRequest,
         tick: Option<Duration>,

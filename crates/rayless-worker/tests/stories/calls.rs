@@ -13,6 +13,7 @@ use std::{
 pub(crate) const STORIES: &[Story] = &[
     ("every rank runs every call in order, asked or not", in_order),
     ("a worker's environment: the node wins, the token is not in it", environment),
+    ("thousands of calls one after another, and no wake-up is lost", one_after_another),
     ("payloads and replies of 10 MiB go through", large),
     ("a full ring holds the driver up, not its thread", full_ring),
     ("the 65th call under way is refused and names the slowest rank", too_many),
@@ -61,6 +62,21 @@ fn environment() {
     assert_eq!(texts(&all(&group, "boot").unwrap()), ["boot bytes", "boot bytes"]);
     let here = world.dir.path().to_string_lossy().into_owned();
     assert_eq!(texts(&all(&group, "cwd").unwrap()), [here.clone(), here]);
+}
+
+fn one_after_another() {
+    for (local, remote) in [(2, 0), (0, 2), (1, 1)] {
+        let world = World::new(local, remote);
+        let group = world.start();
+        for i in 0..1500 {
+            if i % 100 == 0 {
+                // Now and then everybody has gone to sleep.
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            assert_eq!(ask(&group, "echo x", &[i % 2]).wait().unwrap().len(), 1);
+            assert_eq!(all(&group, "echo").unwrap().len(), 2);
+        }
+    }
 }
 
 fn large() {

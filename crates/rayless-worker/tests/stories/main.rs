@@ -8,6 +8,7 @@
     clippy::print_stdout,
     clippy::print_stderr,
     clippy::exit,
+    clippy::zombie_processes,
     reason = "a test, though one with a main of its own"
 )]
 

@@ -35,7 +35,8 @@ pub(crate) fn main() -> ExitCode {
         };
         done.push(call.id);
         let reply = |payload: &[u8]| worker.reply(call.id, false, payload).is_ok();
-        let end = call.payload.iter().take(4096).position(|byte| *byte == b' ').unwrap_or(call.payload.len().min(64));
+        let end =
+            call.payload.iter().take(4096).position(|byte| *byte == b' ').unwrap_or_else(|| call.payload.len().min(64));
         let word = String::from_utf8_lossy(&call.payload[..end]).into_owned();
         let rest = call.payload.get(end + 1..).unwrap_or_default();
         let text = String::from_utf8_lossy(&rest[..rest.len().min(4096)]).into_owned();

@@ -208,10 +208,9 @@ impl Drop for World {
         }
         for index in 0..self.configs.len() {
             let path = self.socket_of(index).with_extension("pid");
-            if let Some(pid) = std::fs::read_to_string(path).ok().and_then(|text| text.trim().parse().ok()) {
-                if !wait_gone(pid, Duration::from_secs(6)) {
-                    signal(pid, Signal::KILL);
-                }
+            let pid = std::fs::read_to_string(path).ok().and_then(|text| text.trim().parse().ok());
+            if let Some(pid) = pid.filter(|pid| !wait_gone(*pid, Duration::from_secs(6))) {
+                signal(pid, Signal::KILL);
             }
         }
     }
