@@ -7,7 +7,10 @@ use super::{
 use rayless_proto::{
     ids::{NodeId, PlacementGroupId},
     resources::{CPU, GPU, MEMORY, Quantity, Resources, Strategy},
-    v1::control::{NeedHave, NeedHaveRow},
+    v1::{
+        control::{NeedHave, NeedHaveRow},
+        status::NodeState,
+    },
 };
 
 impl Head {
@@ -44,7 +47,8 @@ impl Head {
         };
         let total = sum(&|n| n.pool.total().clone());
         if let Some(short) = first_short(need, &total) {
-            return format!("needs {}, {who} {}", amount(short, need.get(short)), number(short, total.get(short)));
+            let (needed, there) = (amount(short, need.get(short)), number(short, total.get(short)));
+            return format!("needs {needed}, {who} {there}{}", self.dead_that_have(short));
         }
         if !feasible {
             return self.cause_of_shape(&waiting.want, &present);
@@ -103,8 +107,20 @@ impl Head {
         }
     }
 
+    /// `; node b is dead`, for the nodes that would have some of what is short.
+    fn dead_that_have(&self, short: &str) -> String {
+        let dead = self.nodes.values().filter(|n| n.state == NodeState::Dead && !n.pool.total().get(short).is_zero());
+        let mut names: Vec<&str> = dead.map(|n| n.info.name.as_str()).collect();
+        names.sort_unstable();
+        match names.as_slice() {
+            [] => String::new(),
+            [one] => format!("; node {one} is dead"),
+            [one, others @ ..] => format!("; node {one} and {} more are dead", others.len()),
+        }
+    }
+
     fn rows(&self) -> Vec<NeedHaveRow> {
-        let mut nodes: Vec<_> = self.nodes.iter().filter(|(_, n)| !n.is_gone()).collect();
+        let mut nodes: Vec<_> = self.nodes.iter().filter(|(_, n)| n.state != NodeState::Left).collect();
         nodes.sort_by(|a, b| (&a.1.info.name, a.0).cmp(&(&b.1.info.name, b.0)));
         let row = |(id, node): (&NodeId, &Node)| NeedHaveRow {
             node: node.info.name.clone(),

@@ -12,7 +12,7 @@ within 1s expect group g failed "node b has been silent for 3.0 s"
 within 1s expect keepers a 0
 within 2s expect keepers b 0
 launch h from a: 16 x {GPU:1}
-within 1s expect h waiting "needs 16 GPUs, the only node has 8"
+within 1s expect h waiting "needs 16 GPUs, the only node has 8; node b is dead"
 heal a b
 within 3s expect said "[node-fenced] node b was declared dead (no heartbeat for 3.0 s) and spoke again"
 within 1s expect node b alive

@@ -252,18 +252,21 @@ impl World {
         self.conns.iter().rposition(|c| c.head_session == Some(session) && c.head_open)
     }
 
-    /// The 100 ms of the net thread: detectors, idle sessions.
+    /// The net thread wakes when a detector is due (or to look after idle sessions), as late as its host is busy.
     pub fn on_net_tick(&mut self, host: usize, boot: u64) {
         if self.hosts[host].boot != boot || self.hosts[host].daemon.is_none() {
             return;
         }
-        let late = self.hosts[host].late;
-        self.after(100 * MS + late, Event::NetTick { host, boot });
         self.drop_idle(host);
         let now = self.instant();
         let Some(daemon) = self.hosts[host].daemon.as_mut() else { return };
         let silent = daemon.echo.tick(now).iter().any(|(_, t)| *t == Transition::Dead);
         let changes = daemon.head.as_mut().map(|h| h.detector.tick(now)).unwrap_or_default();
+        let of_head = daemon.head.as_ref().and_then(|h| h.detector.next_tick(now));
+        let due = daemon.echo.next_tick(now).into_iter().chain(of_head).min();
+        let pause = due.map_or(500 * MS, |at| at.saturating_duration_since(now)).clamp(MS, 500 * MS);
+        let late = self.hosts[host].late;
+        self.after(pause + late, Event::NetTick { host, boot });
         if silent && host != self.head_host() {
             self.member_in(host, member::Input::HeadSilent);
         }
