@@ -9,7 +9,10 @@ use std::{
     io::{self, IoSliceMut},
     net::SocketAddr,
     pin::Pin,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
     task::{Context, Poll, ready},
 };
 
@@ -21,11 +24,17 @@ const SMALLEST: usize = 21;
 pub(crate) struct CountedSocket {
     inner: Arc<dyn AsyncUdpSocket>,
     counters: Arc<Counters>,
+    received: AtomicU64,
 }
 
 impl CountedSocket {
     pub(crate) fn new(socket: std::net::UdpSocket, counters: Arc<Counters>) -> io::Result<Self> {
-        Ok(Self { inner: QuietRuntime.wrap_udp_socket(socket)?, counters })
+        Ok(Self { inner: QuietRuntime.wrap_udp_socket(socket)?, counters, received: AtomicU64::new(0) })
+    }
+
+    /// How many datagrams came in here.
+    pub(crate) fn received(&self) -> u64 {
+        self.received.load(Relaxed)
     }
 }
 
@@ -54,6 +63,7 @@ impl AsyncUdpSocket for CountedSocket {
             }
         }
         self.counters.datagrams(all, stray);
+        self.received.fetch_add(all, Relaxed);
         Poll::Ready(Ok(count))
     }
 

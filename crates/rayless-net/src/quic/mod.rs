@@ -39,11 +39,16 @@ use session::peer;
 use std::{
     fmt, io,
     net::SocketAddr,
+    pin::pin,
     sync::Arc,
     time::{Duration, Instant},
 };
 use tokio::time::timeout;
 use transport::{RandomIds, transport};
+
+/// A call that hears nothing at all for so long is begun anew: QUIC repeats its first packet after 0.3 s, 0.9, 2.1, 4.5, and
+/// a head that comes up in between would not be found for seconds.
+const CALL_AGAIN: Duration = Duration::from_secs(1);
 
 /// A session could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -100,6 +105,7 @@ pub enum EndpointError {
 #[derive(Clone)]
 pub struct Endpoint {
     inner: quinn::Endpoint,
+    socket: Arc<CountedSocket>,
     identity: ClusterIdentity,
     counters: Arc<Counters>,
 }
@@ -154,15 +160,14 @@ impl Endpoint {
     ) -> Result<Self, EndpointError> {
         let socket = std::net::UdpSocket::bind(address)
             .map_err(|error| interfaces::port_error(address, Protocol::Udp, &error))?;
-        let socket = CountedSocket::new(socket, counters.clone()).map_err(set_up)?;
+        let socket = Arc::new(CountedSocket::new(socket, counters.clone()).map_err(set_up)?);
         let mut settings = EndpointConfig::new(identity.reset_key());
         settings.cid_generator(|| Box::new(RandomIds));
         // With the fixed bit always set, a stray datagram is known by its first byte.
         settings.grease_quic_bit(false);
-        let inner =
-            quinn::Endpoint::new_with_abstract_socket(settings, config, Arc::new(socket), Arc::new(QuietRuntime))
-                .map_err(set_up)?;
-        Ok(Self { inner, identity: identity.clone(), counters })
+        let inner = quinn::Endpoint::new_with_abstract_socket(settings, config, socket.clone(), Arc::new(QuietRuntime))
+            .map_err(set_up)?;
+        Ok(Self { inner, socket, identity: identity.clone(), counters })
     }
 
     /// Where it is bound.
@@ -197,9 +202,18 @@ impl Endpoint {
         limit: Duration,
     ) -> Result<Session, ConnectError> {
         let started = Instant::now();
-        match timeout(limit, self.call(address, purpose)).await {
-            Ok(outcome) => outcome,
-            Err(_) => Err(ConnectError::Unreachable { address, waited: started.elapsed() }),
+        let mut call = pin!(self.call(address, purpose));
+        loop {
+            let heard = self.socket.received();
+            let left = limit.saturating_sub(started.elapsed());
+            match timeout(left.min(CALL_AGAIN), &mut call).await {
+                Ok(outcome) => return outcome,
+                Err(_) if left <= CALL_AGAIN => {
+                    return Err(ConnectError::Unreachable { address, waited: started.elapsed() });
+                }
+                Err(_) if self.socket.received() == heard => call.set(self.call(address, purpose)),
+                Err(_) => {}
+            }
         }
     }
 

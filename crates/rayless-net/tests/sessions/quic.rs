@@ -259,6 +259,24 @@ async fn nobody_there_is_unreachable_and_nothing_else() {
 }
 
 #[tokio::test]
+async fn a_head_that_comes_up_later_is_found() {
+    let token = token();
+    // Holds the port, and hears the first packets into the void.
+    let silent = tokio::net::UdpSocket::bind(ANY).await.unwrap();
+    let address = silent.local_addr().unwrap();
+    let calling = caller(&node(&token));
+    let calls = tokio::spawn(async move { calling.connect(address, Purpose::Control).await.map(drop) });
+    // The packets of a first call (at 0, 0.3 and 0.9 s) and the first of a second one.
+    for _ in 0..4 {
+        silent.recv(&mut [0; 2048]).await.unwrap();
+    }
+    drop(silent);
+    let (_endpoint, mut acceptor) = Endpoint::server(address, &node(&token), counters()).unwrap();
+    acceptor.next().await.unwrap();
+    calls.await.unwrap().unwrap();
+}
+
+#[tokio::test]
 async fn a_port_that_is_taken_is_told_with_its_holder() {
     let token = token();
     let (_endpoint, _acceptor, address) = head(&node(&token));
