@@ -72,6 +72,10 @@ fn select(run: &RunDir, options: &LogOptions) -> Result<Vec<Shown>, Failure> {
         }
         for dir in groups {
             let name: String = file_name(&dir).chars().take(8).collect();
+            let keeper = dir.join("keeper.log");
+            if keeper.exists() {
+                all.push(Shown::new(keeper, format!("{name} keeper | ")));
+            }
             all.extend(ranks(&dir).into_iter().map(|(rank, path)| Shown::new(path, format!("{name} rank {rank} | "))));
         }
         return Ok(all);

@@ -9,19 +9,21 @@ use rayless_proto::{
     ids::GroupId,
     v1::{
         control::RefusalKind,
-        local::ClientRequest,
+        local::{ClientReply, ClientRequest},
         status::{GroupState, StatusReport},
     },
 };
 use rayless_worker::client::{ClientError, LocalClient};
 use std::time::{Duration, Instant, SystemTime};
 
-/// How long `stop` waits for a daemon to reap its groups and end; its own limit for that is shorter.
+/// A daemon answers within milliseconds, the head of another host within its `--dead-after`; with neither something hangs.
+const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+/// How long `stop` waits for groups to be reaped and a daemon to end; their own limits are shorter.
 const STOP_LIMIT: Duration = Duration::from_secs(20);
 
 /// `rayless status`
 pub(crate) fn status(run: &RunDir, json: bool, environment: bool) -> Result<(), Failure> {
-    let report = connect(run)?.status().map_err(failure)?;
+    let report = report(&mut connect(run)?, run)?;
     if json {
         data(report.to_json());
     } else if environment {
@@ -34,21 +36,18 @@ pub(crate) fn status(run: &RunDir, json: bool, environment: bool) -> Result<(), 
 
 /// `rayless stop`
 pub(crate) fn stop(run: &RunDir, what: &StopWhat) -> Result<(), Failure> {
-    match what {
-        StopWhat::Daemon => stop_daemon(run),
-        StopWhat::AllGroups => connect(run)?.stop_group(None).map_err(failure),
-        StopWhat::Group(named) => {
-            let mut client = connect(run)?;
-            let report = client.status().map_err(failure)?;
-            client.stop_group(Some(group_named(&report, named)?)).map_err(failure)
-        }
-    }
+    let mut client = connect(run)?;
+    let group = match what {
+        StopWhat::Daemon => return stop_daemon(&mut client, run),
+        StopWhat::AllGroups => None,
+        StopWhat::Group(named) => Some(group_named(&report(&mut client, run)?, named)?),
+    };
+    ask(&mut client, run, ClientRequest::StopGroup(group), STOP_LIMIT)?.map_err(failure).map(drop)
 }
 
-fn stop_daemon(run: &RunDir) -> Result<(), Failure> {
-    let mut client = connect(run)?;
+fn stop_daemon(client: &mut LocalClient, run: &RunDir) -> Result<(), Failure> {
     let pid = run.daemon_pid();
-    match client.request(ClientRequest::Stop, &mut |_| {}) {
+    match ask(client, run, ClientRequest::Stop, STOP_LIMIT)? {
         // The daemon may be gone before its answer is read: that is what was asked for.
         Ok(_) | Err(ClientError::Lost { .. }) => {}
         Err(error) => return Err(failure(error)),
@@ -57,12 +56,7 @@ fn stop_daemon(run: &RunDir) -> Result<(), Failure> {
     let end = Instant::now() + STOP_LIMIT;
     while run.daemon_pid().is_some() {
         if Instant::now() > end {
-            let pid = pid.unwrap_or_default();
-            return Err(Failure::failed(format_args!(
-                "the daemon (pid {pid}) has not ended within {} s\nhint: `kill {pid}`, and look into {}",
-                STOP_LIMIT.as_secs(),
-                run.log().display()
-            )));
+            return Err(hangs(run));
         }
         std::thread::sleep(Duration::from_millis(2));
     }
@@ -70,6 +64,36 @@ fn stop_daemon(run: &RunDir) -> Result<(), Failure> {
         talk(format_args!("stopped (pid {pid})"));
     }
     Ok(())
+}
+
+fn report(client: &mut LocalClient, run: &RunDir) -> Result<StatusReport, Failure> {
+    match ask(client, run, ClientRequest::Status, ANSWER_LIMIT)?.map_err(failure)? {
+        ClientReply::Status(report) => Ok(report),
+        _ => Err(Failure::failed("the daemon answered another question\nhint: is it of the same version?")),
+    }
+}
+
+/// The daemon's answer; an error where none comes within `limit`.
+fn ask(
+    client: &mut LocalClient,
+    run: &RunDir,
+    body: ClientRequest,
+    limit: Duration,
+) -> Result<Result<ClientReply, ClientError>, Failure> {
+    let end = Instant::now() + limit;
+    let answer = client.request_while(body, Some(Duration::from_millis(100)), &mut |_| Instant::now() < end);
+    answer.transpose().ok_or_else(|| hangs(run))
+}
+
+fn hangs(run: &RunDir) -> Failure {
+    let log = run.log();
+    let log = log.display();
+    match run.daemon_pid() {
+        Some(pid) => Failure::failed(format_args!(
+            "the daemon (pid {pid}) does not answer\nhint: is it stopped (SIGSTOP) or its host overloaded? see {log}; `kill -9 {pid}` ends it and leaves its groups running"
+        )),
+        None => Failure::failed(format_args!("the daemon ended without an answer\nhint: see {log}")),
+    }
 }
 
 /// The living group meant by an id, the beginning of one, or a name.

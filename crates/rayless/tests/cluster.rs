@@ -325,3 +325,41 @@ fn workers_get_the_one_address_that_was_chosen() {
     assert!(shown.stdout.contains("GLOO_SOCKET_IFNAME"), "{shown:?}");
     assert_eq!(host.run(&["status"]).code, 0);
 }
+
+#[test]
+fn a_daemon_that_hangs_is_named() {
+    let cluster = Cluster::new();
+    let host = Host::new(&cluster);
+    let (head, _) = host.head(&["--name", "a"]);
+    head.signal(Signal::STOP);
+    let told = host.run(&["status"]);
+    head.signal(Signal::CONT);
+    assert_eq!((told.code, told.stdout.as_str()), (1, ""), "{told:?}");
+    let wanted = format!("error: the daemon (pid {}) does not answer\nhint: ", head.pid());
+    assert!(told.stderr.starts_with(&wanted), "{told:?}");
+    assert_eq!(host.run(&["status"]).code, 0);
+}
+
+#[test]
+fn a_full_disk_ends_no_daemon() {
+    let cluster = Cluster::new();
+    let [a, b] = [Host::new(&cluster), Host::new(&cluster)];
+    let Some(disk) = common::SmallDisk::mount(&a.run_dir()) else {
+        println!("skipped: this user may not mount");
+        return;
+    };
+    let (mut head, address) = a.head(&["--name", "a"]);
+    disk.fill();
+    let mut node_b = b.start(&["join", &address, "--name", "b"]);
+    node_b.says("has joined");
+    a.await_nodes(&[("a", "alive"), ("b", "alive")]);
+    assert_eq!(b.run(&["stop"]).code, 0);
+    a.await_nodes(&[("b", "left")]);
+    assert!(head.is_running());
+    // Starting again needs room: it is refused with the cause, not half done.
+    head.crash();
+    let token = a.token.to_str().unwrap();
+    let told = a.run(&["head", "--bind", "127.0.0.1", "--port", "0", "--token-file", token]);
+    assert_eq!(told.code, 1, "{told:?}");
+    assert!(told.stderr.contains("No space left on device") && told.stderr.contains("\nhint: "), "{told:?}");
+}

@@ -43,8 +43,6 @@ pub(crate) struct Core {
     pub(crate) exe: PathBuf,
     pub(crate) identity: ClusterIdentity,
     pub(crate) info: NodeInfo,
-    /// `--gpus`, to be compared with what NVML finds.
-    pub(crate) gpus_wanted: Option<u32>,
     /// Whether GPUs come from NVML, so that their memory can be watched.
     pub(crate) gpus_measured: bool,
     pub(crate) dead_after: Duration,
@@ -149,7 +147,7 @@ impl Core {
             Event::KeeperGone { group } => self.keeper_gone(group),
             Event::Draining { group, gpus } => self.group_drains(group, &gpus),
             Event::Drained { group } => self.group_drained(group),
-            Event::GpusFound(probe) => self.gpus_found(&probe, talk)?,
+            Event::GpusFound(probe) => self.gpus_found(&probe, talk),
             Event::StepSession { group, from, stream } => self.step_session(group, from, stream),
             Event::Signal(name) => {
                 tracing::info!("{name}: leaving the cluster");

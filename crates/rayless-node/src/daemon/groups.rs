@@ -1,12 +1,12 @@
 //! This node's part of the groups: what the head wants of it, what its keepers say, what is over.
 
 use super::{
-    DaemonError, Talk,
+    Talk,
     core::{Core, STATE_REPORT_PERIOD},
     drain::{self, Used},
     keepers::{self, Keeper},
 };
-use crate::inventory::{Inventory, gpu::Probe};
+use crate::inventory::{self, gpu::Probe};
 use rayless_proto::{
     ids::{GroupId, NodeId},
     limits::MAX_ENDED_GROUPS,
@@ -270,26 +270,17 @@ impl Core {
         });
     }
 
-    /// NVML has answered after the start.
-    pub(crate) fn gpus_found(&mut self, probe: &Probe, talk: &mut dyn FnMut(Talk)) -> Result<(), DaemonError> {
+    /// NVML has answered after the start. (Where `--gpus` told a number, it was asked before.)
+    pub(crate) fn gpus_found(&mut self, probe: &Probe, talk: &mut dyn FnMut(Talk)) {
         for note in &probe.notes {
             talk(Talk::Line(note.clone()));
         }
-        let mut inventory = Inventory {
-            resources: self.info.resources.clone(),
-            gpus: Vec::new(),
-            versions: std::mem::take(&mut self.info.versions),
-            gpus_unknown: true,
-        };
-        inventory.take_gpus(probe, self.gpus_wanted).map_err(|error| DaemonError::Usage(error.to_string()))?;
-        self.info.resources = inventory.resources;
-        self.info.gpus = inventory.gpus;
-        self.info.versions = inventory.versions;
+        inventory::add_gpus(&mut self.info.resources, &mut self.info.versions, probe, probe.gpus.len());
+        self.info.gpus.clone_from(&probe.gpus);
         self.gpus_measured = !self.info.gpus.is_empty();
         tracing::info!(gpus = self.info.gpus.len(), "NVML has answered");
         let info = self.info.clone();
         self.tell_head(ToHead::Update { info });
-        Ok(())
     }
 }
 

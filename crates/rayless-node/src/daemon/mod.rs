@@ -220,7 +220,6 @@ async fn start(config: DaemonConfig, lock: RunDirLock, talk: &mut dyn FnMut(Talk
         run: config.run_dir,
         exe: config.exe,
         identity,
-        gpus_wanted: config.wishes.gpus,
         gpus_measured: gpu::count_in_proc().is_some() && !inventory.gpus.is_empty(),
         dead_after,
         head_address: head_text,

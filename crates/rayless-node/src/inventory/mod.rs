@@ -123,13 +123,23 @@ impl Inventory {
         }
         let count = wanted.unwrap_or(found) as usize;
         self.gpus = probe.gpus.iter().take(count).cloned().collect();
-        self.resources.set(GPU, Quantity::whole(count as u64));
-        for (name, version) in &probe.versions {
-            self.versions.retain(|(known, _)| known != name);
-            self.versions.push((name.clone(), version.clone()));
-        }
+        add_gpus(&mut self.resources, &mut self.versions, probe, count);
         self.gpus_unknown = false;
         Ok(())
+    }
+}
+
+/// Adds `count` of the GPUs found, and the versions of what found them.
+pub(crate) fn add_gpus(
+    resources: &mut Resources,
+    versions: &mut Vec<(String, String)>,
+    probe: &gpu::Probe,
+    count: usize,
+) {
+    resources.set(GPU, Quantity::whole(count as u64));
+    for (name, version) in &probe.versions {
+        versions.retain(|(known, _)| known != name);
+        versions.push((name.clone(), version.clone()));
     }
 }
 

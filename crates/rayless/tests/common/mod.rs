@@ -131,6 +131,36 @@ pub fn node<'a>(status: &'a Value, name: &str) -> Option<&'a Value> {
     status["nodes"].as_array()?.iter().find(|node| node["name"] == name)
 }
 
+/// A file system of its own for a run dir, small enough to be filled.
+pub struct SmallDisk {
+    path: PathBuf,
+}
+
+impl SmallDisk {
+    /// `None` where this user may not mount.
+    pub fn mount(path: &Path) -> Option<Self> {
+        fs::create_dir_all(path).unwrap();
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", "size=1m,mode=0700", "tmpfs"]).arg(path).stderr(Stdio::null());
+        mount.status().ok()?.success().then(|| Self { path: path.to_owned() })
+    }
+
+    /// Takes every byte.
+    pub fn fill(&self) {
+        let mut file = fs::File::create(self.path.join("filler")).unwrap();
+        let block = vec![0; 4096];
+        while std::io::Write::write_all(&mut file, &block).is_ok() {}
+        while std::io::Write::write_all(&mut file, &[0]).is_ok() {}
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        // Lazily: a daemon of a failed test may still sit in it for a moment.
+        let _ = Command::new("umount").arg("-l").arg(&self.path).status();
+    }
+}
+
 /// A token that hosts share.
 pub struct Cluster {
     _dir: TempDir,
@@ -200,6 +230,10 @@ impl Daemon {
     fn drain(&mut self) -> Vec<String> {
         self.seen.extend(self.lines.try_iter());
         self.seen.clone()
+    }
+
+    pub fn is_running(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
     }
 
     /// Kills it as a crash would.
