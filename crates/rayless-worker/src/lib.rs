@@ -13,13 +13,15 @@
 //! call in order ([`host::Worker::next_call`]); the asked ranks answer through a reply ring of their own, and the last
 //! of them wakes the collector: the driver on its own host, the keeper elsewhere.
 //!
-//! This crate exists for shared memory and child processes, so it holds unsafe code: in `ring::map` (mapped memory) and
-//! `keeper::child` (what runs between fork and exec), nowhere else.
+//! This crate exists for shared memory and child processes, so it holds unsafe code: in `ring::map` (mapped memory),
+//! `keeper::child` (what runs between fork and exec) and `retries` (a socket option), nowhere else.
 
 pub mod client;
 pub mod driver;
 mod event;
 pub mod host;
 pub mod keeper;
+mod retries;
 pub mod ring;
 mod session;
+mod spin;

@@ -1,7 +1,7 @@
 //! Opening the step sessions of a placed group.
 
 use super::{PlacedParts, StartError};
-use crate::session::Session;
+use crate::{retries, session::Session};
 use rayless_net::{framing, identity::TlsIdentity, unix};
 use rayless_proto::{
     hello::{Hello, Purpose},
@@ -15,7 +15,14 @@ use std::{
     net::{IpAddr, SocketAddr, TcpStream},
     sync::Arc,
     thread,
+    time::Duration,
 };
+
+/// Of one attempt to connect: the kernel's first packet and one repeat.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+const CONNECT_ATTEMPTS: u32 = 6;
+/// For each answer of the other side. It gives the whole handshake so long.
+const ANSWER_TIMEOUT: Duration = HANDSHAKE_TIMEOUT;
 
 /// A session to the keeper on each of `nodes`, opened at the same time.
 pub(super) fn open_all(parts: &PlacedParts, nodes: &[&PlacedNode]) -> Result<Vec<Session>, StartError> {
@@ -57,26 +64,43 @@ fn open_local(socket: &std::path::Path) -> io::Result<Session> {
 
 fn open_remote(node: &PlacedNode, group: GroupId, identity: &TlsIdentity) -> io::Result<Session> {
     let address: IpAddr = node.address.parse().map_err(io::Error::other)?;
-    let mut socket = TcpStream::connect_timeout(&SocketAddr::new(address, node.port), HANDSHAKE_TIMEOUT)?;
+    let mut socket = connect(SocketAddr::new(address, node.port))?;
     socket.set_nodelay(true)?;
-    socket.set_read_timeout(Some(HANDSHAKE_TIMEOUT))?;
-    socket.set_write_timeout(Some(HANDSHAKE_TIMEOUT))?;
+    retries::keep_short(&socket)?;
+    socket.set_read_timeout(Some(ANSWER_TIMEOUT))?;
+    socket.set_write_timeout(Some(ANSWER_TIMEOUT))?;
     // The daemon there hands the connection to the keeper of that name.
     let name = ServerName::try_from(format!("{group}.keeper.rayless")).map_err(io::Error::other)?;
     let mut tls = ClientConnection::new(Arc::clone(&identity.client_config()), name).map_err(io::Error::other)?;
-    let mut stream = rustls::Stream::new(&mut tls, &mut socket);
+    greet(&mut rustls::Stream::new(&mut tls, &mut socket)).map_err(|error| told(error, group))?;
+    socket.set_read_timeout(None)?;
+    socket.set_write_timeout(None)?;
+    Session::remote(socket, tls)
+}
+
+/// The kernel repeats a lost first packet after 1, 3 and 7 seconds: on a lossy network many short attempts are better than one long.
+fn connect(address: SocketAddr) -> io::Result<TcpStream> {
+    for _ in 1..CONNECT_ATTEMPTS {
+        match TcpStream::connect_timeout(&address, CONNECT_TIMEOUT) {
+            Err(error) if error.kind() == io::ErrorKind::TimedOut => {}
+            done => return done,
+        }
+    }
+    TcpStream::connect_timeout(&address, CONNECT_TIMEOUT)
+}
+
+/// Both hellos. The TLS handshake happens on the way.
+fn greet(stream: &mut (impl Read + Write)) -> io::Result<()> {
     let hello = Hello::of_this_build(Purpose::Step).encode();
     let header = framing::header_of(hello.len(), MAX_HELLO).map_err(io::Error::other)?;
     stream.write_all(&[&header[..], &hello].concat())?;
     stream.flush()?;
     let mut header = [0; framing::HEADER];
-    stream.read_exact(&mut header).map_err(|error| told(error, group))?;
+    stream.read_exact(&mut header)?;
     let mut theirs = vec![0; framing::length_of(header, MAX_HELLO).map_err(io::Error::other)?];
     stream.read_exact(&mut theirs)?;
     Hello::decode(&theirs).and_then(|hello| hello.agree()).map_err(io::Error::other)?;
-    socket.set_read_timeout(None)?;
-    socket.set_write_timeout(None)?;
-    Session::remote(socket, tls)
+    Ok(())
 }
 
 /// A daemon that has no such keeper, or that does not trust this side, closes the connection.
@@ -86,7 +110,7 @@ fn told(error: io::Error, group: GroupId) -> io::Error {
             io::Error::new(error.kind(), format!("closed by the node: it does not run group {group}"))
         }
         io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
-            io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {HANDSHAKE_TIMEOUT:?}"))
+            io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {ANSWER_TIMEOUT:?}"))
         }
         _ => error,
     }

@@ -1,6 +1,6 @@
 //! Who comes to the keeper's socket: a daemon, a driver of this host, or a driver's TCP session handed over by a daemon.
 
-use crate::session::Session;
+use crate::{retries, session::Session};
 use rayless_net::{framing, identity::TlsIdentity, unix};
 use rayless_proto::{
     codec,
@@ -107,6 +107,7 @@ async fn shake_hands(fd: OwnedFd, identity: &TlsIdentity) -> io::Result<Session>
     let socket = std::net::TcpStream::from(fd);
     socket.set_nonblocking(true)?;
     socket.set_nodelay(true)?;
+    retries::keep_short(&socket)?;
     let acceptor = TlsAcceptor::from(identity.server_config());
     let mut stream = acceptor.accept(TcpStream::from_std(socket)?).await?;
     let hello = Hello::of_this_build(Purpose::Step).encode();
