@@ -3,7 +3,10 @@
 //! The keeper leaves three descriptors, named in `RAYLESS_WORKER_FDS`: the ring, the collector's eventfd, and a control socket on which
 //! the keeper sends the boot bytes and this side says `ready`, each once, framed by a u32 length.
 
-use crate::ring::{CallReader, ReplyWriter, Ring, Waited, spin_time};
+use crate::{
+    ring::{CallReader, ReplyWriter, Ring, Waited},
+    spin::Spin,
+};
 use rayless_proto::{
     codec,
     ids::{CallId, Rank},
@@ -79,7 +82,6 @@ pub struct Worker {
     replies: Mutex<ReplyWriter>,
     /// Calls that wait for this rank's answer.
     owed: Mutex<HashSet<CallId>>,
-    spin: Duration,
 }
 
 #[derive(Debug)]
@@ -88,6 +90,7 @@ struct Calls {
     last: CallId,
     /// Whether a call was handed out since the last sleep: only then does a spin pay.
     busy: bool,
+    spin: Spin,
 }
 
 impl Worker {
@@ -115,11 +118,15 @@ impl Worker {
             boot,
             event,
             control: Mutex::new(control),
-            calls: Mutex::new(Calls { reader: CallReader::new(Arc::clone(&ring), index), last: 0, busy: false }),
+            calls: Mutex::new(Calls {
+                reader: CallReader::new(Arc::clone(&ring), index),
+                last: 0,
+                busy: false,
+                spin: Spin::from_env(),
+            }),
             replies: Mutex::new(ReplyWriter::new(Arc::clone(&ring), index)),
             ring,
             owed: Mutex::new(HashSet::new()),
-            spin: spin_time(),
         })
     }
 
@@ -162,10 +169,10 @@ impl Worker {
     /// [`HostError::Broken`] for a gap or a repeat in the call ids: the process must end.
     pub fn next_call(&self, timeout: Option<Duration>) -> Result<Next, HostError> {
         let deadline = timeout.map(|timeout| Instant::now() + timeout);
-        let mut calls = lock(&self.calls);
+        let calls = &mut *lock(&self.calls);
         if std::mem::take(&mut calls.busy) {
             self.note(WorkerState::Ready, calls.last);
-            calls.reader.spin(self.spin);
+            calls.reader.spin(&mut calls.spin);
         }
         loop {
             if self.ring.is_closed() {

@@ -10,10 +10,7 @@ use super::{
     calls::{Outcome, Slot},
     core::{Core, End},
 };
-use crate::{
-    event,
-    ring::{spin_time, timespec},
-};
+use crate::{event, ring::timespec, spin::Spin};
 use rayless_proto::limits::HEARTBEAT_PERIOD;
 use rustix::event::epoll::{self, EventData, EventFlags};
 use std::{
@@ -41,7 +38,6 @@ pub(super) struct Shared {
     pump_set: OwnedFd,
     pump_wake: OwnedFd,
     nudge: OwnedFd,
-    spin: Duration,
 }
 
 pub(super) struct State {
@@ -50,6 +46,7 @@ pub(super) struct State {
     /// The hot set is armed in the pump's.
     armed: bool,
     waiters: usize,
+    spin: Spin,
     /// When the pump looks again by itself.
     pump_until: Instant,
 }
@@ -69,16 +66,10 @@ impl Shared {
             epoll::add(&pump_set, client.fd(), EventData::new_u64(CLIENT), EventFlags::IN)?;
         }
         let hot = core.hot.try_clone()?;
-        let state = State { core, leading: false, armed: true, waiters: 0, pump_until: Instant::now() };
-        let shared = Arc::new(Self {
-            state: Mutex::new(state),
-            changed: Condvar::new(),
-            hot,
-            pump_set,
-            pump_wake,
-            nudge,
-            spin: spin_time(),
-        });
+        let state =
+            State { core, leading: false, armed: true, waiters: 0, spin: Spin::from_env(), pump_until: Instant::now() };
+        let shared =
+            Arc::new(Self { state: Mutex::new(state), changed: Condvar::new(), hot, pump_set, pump_wake, nudge });
         let pumped = Arc::clone(&shared);
         let pump = std::thread::Builder::new().name("rayless-pump".into()).spawn(move || pumped.pump())?;
         Ok((shared, pump))
@@ -180,7 +171,8 @@ impl Shared {
         slot: &Slot,
         until: Option<Instant>,
     ) -> MutexGuard<'a, State> {
-        let mut spin_until = Instant::now() + self.spin;
+        let mut spinning = state.spin.begin();
+        let mut spin = true;
         loop {
             let mut worked = state.core.collect();
             let now = Instant::now();
@@ -192,7 +184,6 @@ impl Shared {
             if until.is_some_and(|until| now >= until) {
                 return state;
             }
-            let spin = now < spin_until;
             let timeout = if spin || worked {
                 Some(Duration::ZERO)
             } else {
@@ -222,13 +213,9 @@ impl Shared {
                 Err(_) => return state,
             }
             if worked {
-                spin_until = Instant::now() + self.spin;
-            } else if spin {
-                // Without the lock, so that another thread can send meanwhile.
-                drop(state);
-                rustix::thread::sched_yield();
-                state = self.lock();
+                spinning = state.spin.begin();
             }
+            spin = state.spin.again(&mut spinning);
         }
     }
 

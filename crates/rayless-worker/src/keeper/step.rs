@@ -4,8 +4,9 @@
 
 use crate::{
     event,
-    ring::{AskedSet, CallWriter, Record, ReplyReader, Ring, RingError, spin_time, timespec},
+    ring::{AskedSet, CallWriter, Record, ReplyReader, Ring, RingError, timespec},
     session::{Frame, OUTPUT_SOFT_LIMIT, Session, SessionError, plain_header},
+    spin::Spin,
 };
 use rayless_proto::{
     codec,
@@ -139,7 +140,7 @@ impl StepThread {
             hold: false,
             logs_queued: queued,
             verdict: None,
-            spin: spin_time(),
+            spin: Spin::from_env(),
             interest: epoll::EventFlags::IN,
         };
         let thread = std::thread::Builder::new().name("rayless-step".into()).spawn(move || step.run())?;
@@ -186,7 +187,7 @@ struct Step {
     hold: bool,
     logs_queued: Arc<AtomicUsize>,
     verdict: Option<NodeState>,
-    spin: Duration,
+    spin: Spin,
     /// Of the session in the epoll set.
     interest: epoll::EventFlags,
 }
@@ -400,8 +401,8 @@ impl Step {
 
     /// Looks again and again for a short while, giving the core away between looks; whether the session may have something.
     fn spin(&mut self) -> bool {
-        let start = Instant::now();
-        while start.elapsed() < self.spin {
+        let mut spinning = self.spin.begin();
+        while self.spin.again(&mut spinning) {
             let ready = self.poll(Some(Duration::ZERO));
             if ready.session {
                 return true;
@@ -409,7 +410,6 @@ impl Step {
             if ready.any || (!self.local && self.readers.iter().any(ReplyReader::has_more)) {
                 return false;
             }
-            rustix::thread::sched_yield();
         }
         false
     }

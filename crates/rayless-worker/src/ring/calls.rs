@@ -4,7 +4,7 @@ use super::{
     AT_SLEEPERS, AT_WAKE, AT_WRITE, AT_WRITER_WAITS, RECORD_HEAD, Ring, RingError, SLOT_GONE, SLOT_READ, Waited,
     wait_word,
 };
-use crate::event;
+use crate::{event, spin::Spin};
 use rayless_proto::{
     ids::CallId,
     limits::{MAX_CALL, MAX_FRAGMENT, MAX_WORKERS_PER_HOST},
@@ -16,7 +16,7 @@ use std::{
         Arc,
         atomic::{Ordering, fence},
     },
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 /// Last fragment of its call.
@@ -237,21 +237,10 @@ impl CallReader {
         }
     }
 
-    /// Looks again and again for up to `spin`, giving the core away between looks.
-    pub(crate) fn spin(&self, spin: Duration) -> bool {
-        if spin.is_zero() {
-            return self.has_more();
-        }
-        let start = Instant::now();
-        loop {
-            if self.has_more() || self.ring.is_closed() {
-                return true;
-            }
-            if start.elapsed() >= spin {
-                return false;
-            }
-            rustix::thread::sched_yield();
-        }
+    /// Looks again and again for a short while.
+    pub(crate) fn spin(&self, spin: &mut Spin) {
+        let mut spinning = spin.begin();
+        while !self.has_more() && !self.ring.is_closed() && spin.again(&mut spinning) {}
     }
 
     /// Sleeps until there is something to read, the ring is closed, `deadline` passes or a signal arrives.

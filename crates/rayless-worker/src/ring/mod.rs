@@ -280,11 +280,3 @@ pub(crate) fn timespec(duration: Duration) -> rustix::time::Timespec {
         tv_nsec: duration.subsec_nanos().into(),
     }
 }
-
-/// How long to look again and again, giving the core away each time, before sleeping: `RAYLESS_SPIN_US`, default 100 µs. It pays while calls
-/// follow each other; what outnumbers the cores gives way at each look.
-pub(crate) fn spin_time() -> Duration {
-    const DEFAULT_US: u64 = 100;
-    let value = std::env::var("RAYLESS_SPIN_US").ok().and_then(|text| text.parse().ok());
-    Duration::from_micros(value.unwrap_or(DEFAULT_US).min(10_000))
-}

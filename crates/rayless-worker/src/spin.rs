@@ -1,0 +1,66 @@
+//! Waiting without sleeping, where that pays.
+//!
+//! While calls follow each other, looking again and again beats a futex by far; the core is given away (`sched_yield`) between looks, for
+//! workers may outnumber the cores. But on a machine that is busy with other things a yield hands the core to someone who
+//! keeps it for milliseconds. So a yield that came back late ends the spinning for a while.
+
+use std::time::{Duration, Instant};
+
+/// How long to look at most: `RAYLESS_SPIN_US`, default 100 µs, 0 for never.
+const DEFAULT: Duration = Duration::from_micros(100);
+/// No useful spin is longer.
+const LONGEST: Duration = Duration::from_millis(10);
+/// A yield among a group's own workers comes back within this; a longer one went to somebody else.
+const LATE: Duration = Duration::from_micros(60);
+/// How long not to spin after a late yield.
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// One thread's spinning.
+#[derive(Debug)]
+pub(crate) struct Spin {
+    limit: Duration,
+    not_before: Option<Instant>,
+}
+
+/// One wait: from its start to its limit.
+#[derive(Debug)]
+pub(crate) struct Spinning {
+    until: Option<Instant>,
+}
+
+impl Spin {
+    pub(crate) fn from_env() -> Self {
+        let value = std::env::var("RAYLESS_SPIN_US").ok().and_then(|text| text.parse().ok());
+        Self { limit: value.map_or(DEFAULT, Duration::from_micros).min(LONGEST), not_before: None }
+    }
+
+    /// Begins a wait.
+    pub(crate) fn begin(&mut self) -> Spinning {
+        if self.limit.is_zero() {
+            return Spinning { until: None };
+        }
+        let now = Instant::now();
+        if self.not_before.is_some_and(|at| now < at) {
+            return Spinning { until: None };
+        }
+        self.not_before = None;
+        Spinning { until: Some(now + self.limit) }
+    }
+
+    /// Gives the core away once; `false` where it is time to sleep.
+    pub(crate) fn again(&mut self, spinning: &mut Spinning) -> bool {
+        let Some(until) = spinning.until else { return false };
+        let before = Instant::now();
+        if before >= until {
+            return false;
+        }
+        rustix::thread::sched_yield();
+        let now = Instant::now();
+        if now.duration_since(before) > LATE {
+            self.not_before = Some(now + PAUSE);
+            spinning.until = None;
+        }
+        // Even then one more look: what was waited for may have come meanwhile.
+        true
+    }
+}
