@@ -127,7 +127,7 @@ fn slow_printer() {
         all(&group, "say 20000").unwrap();
     }
     drop(go);
-    let mut drain = || std::iter::from_fn(|| seen.recv_timeout(Duration::from_millis(500)).ok()).collect::<Vec<_>>();
+    let drain = || std::iter::from_fn(|| seen.recv_timeout(Duration::from_millis(500)).ok()).collect::<Vec<_>>();
     let lines = drain();
     assert!(!lines.is_empty() && lines.len() < 200_000, "{} lines", lines.len());
     // The next line that there is room for is preceded by the number of those lost.
