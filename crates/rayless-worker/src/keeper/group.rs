@@ -310,7 +310,12 @@ impl Group {
         }
         self.tell_change(index, WorkerState::Dead);
         if self.ending.is_none() {
-            self.end(cause, Some(index));
+            // A driver on this host closes the ring itself; the workers may leave before its `Stop` is read here.
+            if self.ring.is_closed() && status.success() {
+                self.end(String::new(), None);
+            } else {
+                self.end(cause, Some(index));
+            }
         }
     }
 
@@ -394,6 +399,7 @@ impl Group {
     fn end(&mut self, cause: String, worker: Option<usize>) {
         if let Some(ending) = &mut self.ending {
             if !cause.is_empty() && ending.kill_at.take().is_some() {
+                ending.cause = cause;
                 self.kill_all();
             }
             return;
