@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
-from rayless import _pickle, _rayless
+from rayless import _rayless, _replies
 
 # States of a future that still waits for its call.
 _OPEN = ("PENDING", "RUNNING")
@@ -94,7 +94,7 @@ class CallFuture(concurrent.futures.Future[list[Any]]):
                 return
             self._taken = True
         try:
-            value, error = self._load(self._call.take()), None
+            value, error = _replies.results(self._ranks, self._method, self._call.take()), None
         except Exception as raised:
             value, error = [], raised
         # Cancelled meanwhile: nobody wants it any more.
@@ -103,7 +103,3 @@ class CallFuture(concurrent.futures.Future[list[Any]]):
                 self.set_result(value)
             else:
                 self.set_exception(error)
-
-    def _load(self, replies: list[bytes]) -> list[Any]:
-        loads = _pickle.loads_reply
-        return [loads(rank, self._method, reply) for rank, reply in zip(self._ranks, replies, strict=True)]

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from rayless import _pickle, _rayless, _report, _runtime
+from rayless import _pickle, _rayless, _replies, _report, _runtime
 from rayless._future import CallFuture
 
 Bundle = Mapping[str, float]
@@ -144,7 +144,7 @@ class WorkerGroup:
         name = method if type(method) is str else _pickle.method_name(method)
         asked = None if ranks is None else self._asked(ranks)
         replies = self._native.run(name, _pickle.dumps((method, args, kwargs)), asked, timeout)
-        return self._load(name, asked, replies)
+        return _replies.results(self._all if asked is None else asked, name, replies)
 
     def call_async(
         self,
@@ -205,13 +205,6 @@ class WorkerGroup:
             wrong = asked[0] if asked[0] < 0 else asked[-1]
             raise ValueError(f"there is no rank {wrong}\nhint: the ranks of this group are 0 to {len(self.ranks) - 1}")
         return asked
-
-    def _load(self, method: str, asked: tuple[int, ...] | None, replies: list[bytes]) -> list[Any]:
-        loads = _pickle.loads_reply
-        return [
-            loads(rank, method, reply)
-            for rank, reply in zip(self._all if asked is None else asked, replies, strict=True)
-        ]
 
 
 def _bundles(bundles: Bundle | Sequence[Bundle] | None, n: int) -> list[list[tuple[str, float]]]:

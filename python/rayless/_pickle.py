@@ -80,24 +80,3 @@ def dumps_raised(method: str, error: BaseException) -> bytes:
     except Exception:
         text = "(its text cannot be made)"
     return pickle.dumps((method, name, text, "".join(lines), dumps_exception(error)), PROTOCOL)
-
-
-def loads_raised(rank: int, where: str, payload: bytes) -> Exception:
-    """What the caller raises for such a reply."""
-    from rayless.exceptions import RayTaskError, as_instance_of_cause
-
-    method, name, text, trace, cause = loads(payload)
-    return as_instance_of_cause(RayTaskError(rank, method, name, text, trace, loads_exception(cause), where))
-
-
-def loads_reply(rank: int, method: str, payload: bytes) -> Any:
-    """A result; ``RaySystemError`` where it cannot be read here."""
-    try:
-        return loads(payload)
-    except Exception as error:
-        from rayless.exceptions import RaySystemError
-
-        raise RaySystemError(
-            f"the reply of rank {rank} to `{method}` cannot be unpickled here: {type(error).__name__}: {error}\n"
-            "hint: the class of the result must be importable on the driver, too"
-        ) from error

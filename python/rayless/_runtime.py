@@ -12,8 +12,13 @@ from rayless import _rayless
 
 if TYPE_CHECKING:
     import weakref
+    from typing import Protocol
 
-    from rayless._group import WorkerGroup
+    class Stoppable(Protocol):
+        """A group."""
+
+        def stop(self) -> None: ...
+
 
 _lock = threading.Lock()
 _current: Runtime | None = None
@@ -30,7 +35,7 @@ class Runtime:
         #: The cluster that ``init(local=True)`` started, if it did.
         self.local = local
         #: Groups started here and not stopped yet.
-        self.groups: weakref.WeakSet[WorkerGroup] = weakref.WeakSet()
+        self.groups: weakref.WeakSet[Stoppable] = weakref.WeakSet()
 
     def identity(self) -> dict[str, Any]:
         """What the local daemon is. Raises ``ClusterNotFoundError``."""

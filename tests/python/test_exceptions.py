@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from hosted import Final, Picky, Unpicklable
-from rayless import _pickle
+from rayless import _pickle, _replies
 from rayless.exceptions import (
     ActorDiedError,
     ClusterNotFoundError,
@@ -26,7 +26,7 @@ def crossed(error: BaseException) -> Exception:
     try:
         raise error
     except BaseException as raised:
-        return _pickle.loads_raised(3, "b, pid 7", _pickle.dumps_raised("step", raised))
+        return _replies.raised(3, "b, pid 7", _pickle.dumps_raised("step", raised))
 
 
 def test_is_caught_by_its_own_type_and_by_rays() -> None:

@@ -102,7 +102,7 @@ impl Group {
         let node = self.inner.ranks().get(rank as usize).map_or("", |info| &info.node_name);
         let place = format!("{node}, pid {}", self.pids.get(&rank).copied().unwrap_or_default());
         let payload = PyBytes::new(py, payload);
-        Ok(PyErr::from_value(py.import("rayless._pickle")?.call_method1("loads_raised", (rank, place, payload))?))
+        Ok(PyErr::from_value(py.import("rayless._replies")?.call_method1("raised", (rank, place, payload))?))
     }
 }
 
