@@ -87,7 +87,7 @@ class RaylessExecutor(Executor):
 
     # --- calls ---
 
-    def collective_rpc(  # type: ignore[override]
+    def collective_rpc(
         self,
         method: str | Callable[..., Any],
         timeout: float | None = None,
@@ -124,20 +124,18 @@ class RaylessExecutor(Executor):
                     result = one.aggregate(outputs, output_rank=rank)
                 return result
 
-            reply = _Reply(inner, finish)
+            reply: concurrent.futures.Future[Any] = _Reply(inner, finish)
         elif reply_rank is not None:
             reply = _Reply(inner, _only)
         else:
             reply = inner
         return reply if non_block else reply.result()
 
-    def execute_model(  # type: ignore[override]
-        self, scheduler_output: SchedulerOutput, non_block: bool = False
-    ) -> Any:
+    def execute_model(self, scheduler_output: SchedulerOutput, non_block: bool = False) -> Any:
         """One step on every rank; the answer comes from the output rank (None when sampling follows)."""
         return self._step("execute_model", (scheduler_output,), non_block)
 
-    def sample_tokens(  # type: ignore[override]
+    def sample_tokens(
         self, grammar_output: GrammarOutput | None, non_block: bool = False
     ) -> ModelRunnerOutput | concurrent.futures.Future[ModelRunnerOutput]:
         """Samples after ``execute_model`` answered None."""
@@ -282,7 +280,8 @@ def _pickled(value: Any) -> bytes:
     try:
         return pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
     except (pickle.PicklingError, AttributeError, TypeError):
-        return cloudpickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
+        data: bytes = cloudpickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
+        return data
 
 
 def _pickled_config(config: VllmConfig) -> bytes:
@@ -294,7 +293,8 @@ def _pickled_config(config: VllmConfig) -> bytes:
     from vllm.transformers_utils.config import maybe_register_config_serialize_by_value
 
     maybe_register_config_serialize_by_value()
-    return cloudpickle.dumps(config, protocol=pickle.HIGHEST_PROTOCOL)
+    data: bytes = cloudpickle.dumps(config, protocol=pickle.HIGHEST_PROTOCOL)
+    return data
 
 
 # --- placement ---
