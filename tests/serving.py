@@ -1,10 +1,10 @@
 """A rayless cluster on test hosts, and ``vllm serve`` on it; for the tests, the demo and the benches.
 
-    with hosts(2) as pair, Cluster(pair) as cluster:
-        cluster.join(1); cluster.head(0)
-        with Server(cluster, 0, model, "-pp", "2") as server:
-            server.wait_ready()
-            print(server.completion("Hello"))
+with hosts(2) as pair, Cluster(pair) as cluster:
+    cluster.join(1); cluster.head(0)
+    with Server(cluster, 0, model, "-pp", "2") as server:
+        server.wait_ready()
+        print(server.completion("Hello"))
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def rayless_command() -> str:
     """The command under test."""
     found = shutil.which("rayless")
     if found is None:
-        raise RuntimeError("no `rayless` on PATH\nhint: run it through make, which builds target/site and puts it there")
+        raise RuntimeError(
+            "no `rayless` on PATH\nhint: run it through make, which builds target/site and puts it there"
+        )
     return found
 
 
@@ -139,7 +141,9 @@ class Cluster:
     def __enter__(self) -> Cluster:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -229,7 +233,9 @@ class Server:
     def __enter__(self) -> Server:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             self.stop(20)
         except subprocess.TimeoutExpired:

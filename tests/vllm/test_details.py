@@ -5,7 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import pickle
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -145,7 +145,13 @@ class TestPlans:
 
 
 class TestChecks:
-    GOOD: Found = {"node": "node a", "python": "3.11.7", "vllm": "0.32.0", "torch": "2.13.0", "model_missing": False}
+    GOOD: ClassVar[Found] = {
+        "node": "node a",
+        "python": "3.11.7",
+        "vllm": "0.32.0",
+        "torch": "2.13.0",
+        "model_missing": False,
+    }
 
     def refused(self, **changed: Any) -> str:
         from rayless.vllm.executor import compare

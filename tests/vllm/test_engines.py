@@ -12,6 +12,7 @@ from typing import Any
 
 import leftovers
 import pytest
+
 from conftest import PROMPTS, TOKENS, generate
 from serving import CPU_FLAGS, Cluster, Server, until
 
@@ -106,7 +107,9 @@ class TestLlamaInTwoStages:
         for host in cluster.hosts:
             listening = host.run(["cat", "/proc/net/tcp", "/proc/net/tcp6"]).stdout
             # Local address, then state 0A: listening.
-            addresses = {words[1].split(":")[0] for line in listening.splitlines() if (words := line.split())[3:4] == ["0A"]}
+            addresses = {
+                words[1].split(":")[0] for line in listening.splitlines() if (words := line.split())[3:4] == ["0A"]
+            }
             assert not {address for address in addresses if set(address) == {"0"}}
 
 
@@ -145,7 +148,9 @@ def test_the_head_may_die_and_come_back_under_a_running_engine(cluster: Cluster,
         asking.join(120)
     assert not failures
     assert len(set(answers)) == 1
-    until(lambda: [found["id"] for found in running(cluster)] == [group["id"]], 30, "the group is known to the new head")
+    until(
+        lambda: [found["id"] for found in running(cluster)] == [group["id"]], 30, "the group is known to the new head"
+    )
 
 
 class TestTwoEnginesAtOnce:
