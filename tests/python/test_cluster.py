@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +14,24 @@ import pytest
 
 import hosted
 import rayless
-from conftest import Cluster, a_cluster
+from conftest import RAYLESS, Cluster, Node, environment, gone
+from netns import hosts
+from rayless import _report, _runtime
 from rayless.exceptions import ClusterNotFoundError, LaunchError, PlacementError, RayError, WorkerDiedError
+
+
+@pytest.fixture
+def waited(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Set when a launch of this process has said what it waits for."""
+    said = threading.Event()
+    original = _report.Reporter.waiting
+
+    def waiting(self: _report.Reporter, text: str) -> None:
+        original(self, text)
+        said.set()
+
+    monkeypatch.setattr(_report.Reporter, "waiting", waiting)
+    return said
 
 
 def test_no_daemon_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,36 +107,19 @@ def test_wait_zero_refuses_at_once_with_the_table(cluster: Cluster, start: Calla
 
 
 def test_a_launch_waits_and_says_for_what(
-    cluster: Cluster, start: Callable[..., rayless.WorkerGroup], capfd: pytest.CaptureFixture[str]
+    start: Callable[..., rayless.WorkerGroup], waited: threading.Event, capfd: pytest.CaptureFixture[str]
 ) -> None:
     holder = start(hosted.Plain, 1, bundles={"GPU": 2}, name="holder")
-    said = threading.Event()
-
-    class Watch(threading.Thread):
-        """Frees what is held once the table was shown."""
-
-        def run(self) -> None:
-            said.wait(30)
-            holder.stop()
-
-    watch = Watch()
-    watch.start()
-    from rayless import _report
-
-    original = _report.Reporter.waiting
-
-    def waiting(self: _report.Reporter, text: str) -> None:
-        original(self, text)
-        said.set()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_report.Reporter, "waiting", waiting)
-        group = start(hosted.Plain, 2, bundles={"GPU": 2}, wait=60)
-    watch.join()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        launch = pool.submit(start, hosted.Plain, 2, bundles={"GPU": 2}, wait=60)
+        assert waited.wait(30)
+        assert not launch.done()
+        holder.stop()
+        group = launch.result(60)
     assert {info.node_name for info in group.ranks} == {"a", "b"}
     err = capfd.readouterr().err
     assert "rayless: waiting: " in err
-    assert "holder" in err
+    assert "holder" in err, "who has them"
 
 
 def test_two_groups_share_the_cluster(cluster: Cluster, start: Callable[..., rayless.WorkerGroup]) -> None:
@@ -143,8 +145,6 @@ def test_what_a_worker_gets(
     monkeypatch.setenv("WORLD_SIZE", "99")
     monkeypatch.setenv("RAYLESS_TOKEN", "rl1_secret")
     group = start(hosted.Plain, 2, strategy="SPREAD", env={"EXTRA": "1"}, rank_env=[{"MINE": "a"}, {"MINE": "b"}])
-    import sys
-
     for executable, folder, path in group.call("interpreter"):
         assert executable == sys.executable
         assert Path(folder) == tmp_path
@@ -241,13 +241,9 @@ def test_a_cluster_of_ones_own() -> None:
         group = rayless.WorkerGroup.start(hosted.Plain, 2, bundles={"slot": 1})
         pids = [info.pid for info in group.ranks]
         assert group.call("add") == [1, 1]
-        from rayless._runtime import current
-
-        run_dir = current().run_dir
+        run_dir = _runtime.current().run_dir
     finally:
         rayless.shutdown()
-    from conftest import gone
-
     assert gone(pids)
     assert not os.path.exists(run_dir)
 
@@ -266,16 +262,51 @@ print([info.node_name for info in group.ranks], group.call("add"))
     assert out.strip() == "['b', 'a'] [1, 1]", err
 
 
-def test_no_head_yet_is_waited_for_and_said(tmp_path: Path) -> None:
-    with a_cluster(("solo",), gpus=0) as cluster:
-        assert [node["NodeName"] for node in _nodes_of(cluster)] == ["solo"]
-
-
-def _nodes_of(cluster: Cluster) -> list[dict[str, object]]:
-    code = "import rayless, json; print(json.dumps(rayless.nodes()))"
-    import json
-
-    out, err = cluster.driver(code).communicate(timeout=60)
-    assert out, err
-    nodes: list[dict[str, object]] = json.loads(out)
-    return nodes
+def test_a_launch_before_there_is_a_head_waits_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waited: threading.Event, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Any order: first the node, then the launch, then the head."""
+    with hosts(2, loopback=True) as (head_host, node_host):
+        head, node = Node("a", head_host.address, tmp_path / "a"), Node("b", node_host.address, tmp_path / "b")
+        token = tmp_path / "token"
+        token.write_text(Node("", "", tmp_path).command("token", "new").stdout)
+        token.chmod(0o600)
+        common = ["--token-file", str(token), "--cpus", "4", "--gpus", "0"]
+        where = f"{head.address}:6379"
+        joining = subprocess.Popen(
+            [
+                RAYLESS or "",
+                "join",
+                where,
+                "--bind",
+                node.address,
+                "--name",
+                "b",
+                "--run-dir",
+                str(node.run_dir),
+                *common,
+            ],
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(),
+        )
+        try:
+            assert joining.stderr is not None
+            assert "waiting for the head" in joining.stderr.readline()
+            monkeypatch.setenv("RAYLESS_RUN_DIR", str(node.run_dir))
+            with pytest.raises(ClusterNotFoundError, match=r"\nhint: "):
+                rayless.WorkerGroup.start(hosted.Plain, 1, wait=0)
+            with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                launch = pool.submit(rayless.WorkerGroup.start, hosted.Plain, 2, strategy="STRICT_SPREAD", wait=60)
+                assert waited.wait(30)
+                assert "rayless: waiting: " in capfd.readouterr().err
+                head.command("head", "--bind", head.address, "--name", "a", "--daemon", *common)
+                group = launch.result(60)
+            assert [info.node_name for info in group.ranks] == ["b", "a"]
+            assert group.call("add") == [1, 1]
+        finally:
+            rayless.shutdown()
+            node.command("stop", check=False)
+            head.command("stop", check=False)
+            joining.communicate(timeout=30)
