@@ -53,6 +53,7 @@ class Host:
         """Until the group is over, or a method leaves by ``SystemExit``."""
         while (call := self._worker.next_call()) is not None:
             self._handle(*call)
+            del call  # its payload may be large, and the next call far away
         if self._later is not None:
             self._later.drain()
 
