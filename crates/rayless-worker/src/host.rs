@@ -122,7 +122,7 @@ impl Worker {
                 reader: CallReader::new(Arc::clone(&ring), index),
                 last: 0,
                 busy: false,
-                spin: Spin::from_env(),
+                spin: Spin::among(ring.readers() + 1),
             }),
             replies: Mutex::new(ReplyWriter::new(Arc::clone(&ring), index)),
             ring,

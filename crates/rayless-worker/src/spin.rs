@@ -1,12 +1,13 @@
 //! Waiting without sleeping, where that pays.
 //!
-//! While calls follow each other, looking again and again beats a futex by far; the core is given away (`sched_yield`) between looks, for
-//! workers may outnumber the cores. But on a machine that is busy with other things a yield hands the core to someone who
-//! keeps it for milliseconds. So a yield that came back late ends the spinning for a while.
+//! While calls follow each other, looking again and again beats a futex by far, as long as there is a core for everyone who looks. Where a
+//! group's own processes outnumber the cores nobody spins: those that are done would take the time of those that are not. The core is
+//! given away (`sched_yield`) between looks; on a machine that is busy with other things that hands it to someone who keeps it for
+//! milliseconds, so a yield that came back late ends the spinning for a while.
 
 use std::time::{Duration, Instant};
 
-/// How long to look at most: `RAYLESS_SPIN_US`, default 100 µs, 0 for never.
+/// How long to look at most; `RAYLESS_SPIN_US` overrides it and the rule about cores, 0 is never.
 const DEFAULT: Duration = Duration::from_micros(100);
 /// No useful spin is longer.
 const LONGEST: Duration = Duration::from_millis(10);
@@ -29,9 +30,17 @@ pub(crate) struct Spinning {
 }
 
 impl Spin {
-    pub(crate) fn from_env() -> Self {
-        let value = std::env::var("RAYLESS_SPIN_US").ok().and_then(|text| text.parse().ok());
-        Self { limit: value.map_or(DEFAULT, Duration::from_micros).min(LONGEST), not_before: None }
+    /// For one of `processes` of this group and host that may look at the same time.
+    pub(crate) fn among(processes: usize) -> Self {
+        let by_hand = std::env::var("RAYLESS_SPIN_US").ok().and_then(|text| text.parse().ok());
+        let limit = by_hand.map_or_else(
+            || {
+                let cores = std::thread::available_parallelism().map_or(1, usize::from);
+                if processes <= cores { DEFAULT } else { Duration::ZERO }
+            },
+            Duration::from_micros,
+        );
+        Self { limit: limit.min(LONGEST), not_before: None }
     }
 
     /// Begins a wait.

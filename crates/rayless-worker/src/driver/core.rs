@@ -219,6 +219,11 @@ impl Core {
         Ok(core)
     }
 
+    /// Ranks of this host.
+    pub(super) fn local_workers(&self) -> usize {
+        self.peers.iter().filter(|peer| peer.local).map(|peer| peer.ranks.len()).sum()
+    }
+
     // ---- sending
 
     /// Sends a call to every rank.

@@ -66,8 +66,8 @@ impl Shared {
             epoll::add(&pump_set, client.fd(), EventData::new_u64(CLIENT), EventFlags::IN)?;
         }
         let hot = core.hot.try_clone()?;
-        let state =
-            State { core, leading: false, armed: true, waiters: 0, spin: Spin::from_env(), pump_until: Instant::now() };
+        let spin = Spin::among(core.local_workers() + 1);
+        let state = State { core, leading: false, armed: true, waiters: 0, spin, pump_until: Instant::now() };
         let shared =
             Arc::new(Self { state: Mutex::new(state), changed: Condvar::new(), hot, pump_set, pump_wake, nudge });
         let pumped = Arc::clone(&shared);

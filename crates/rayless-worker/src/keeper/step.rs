@@ -127,6 +127,7 @@ impl StepThread {
             readers: (0..setup.ranks.len()).map(|reader| ReplyReader::new(Arc::clone(&setup.ring), reader)).collect(),
             index: setup.ranks.iter().enumerate().map(|(index, rank)| (*rank, index)).collect(),
             writer: CallWriter::new(Arc::clone(&setup.ring)),
+            spin: Spin::among(setup.ranks.len() + 1),
             setup,
             orders: receiver,
             wake: Arc::clone(&wake),
@@ -140,7 +141,6 @@ impl StepThread {
             hold: false,
             logs_queued: queued,
             verdict: None,
-            spin: Spin::from_env(),
             interest: epoll::EventFlags::IN,
         };
         let thread = std::thread::Builder::new().name("rayless-step".into()).spawn(move || step.run())?;
