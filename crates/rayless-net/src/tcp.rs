@@ -347,20 +347,29 @@ pub enum PeekError {
 /// See [`PeekError`].
 pub async fn peek_sni(stream: &TcpStream) -> Result<String, PeekError> {
     let mut buffer = [0; client_hello::MAX];
-    let parsed = stream
-        .async_io(Interest::READABLE, || {
-            let (bytes, _) = recv(stream, &mut buffer[..], RecvFlags::PEEK)?;
-            if bytes == 0 {
-                return Err(io::ErrorKind::UnexpectedEof.into());
+    let mut peek = || {
+        let (bytes, _) = recv(stream, &mut buffer[..], RecvFlags::PEEK)?;
+        if bytes == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        match client_hello::parse(&buffer[..bytes]) {
+            // Not there yet, and the kernel wakes us on what is new only: "would block" is what tokio
+            // has to hear to wait for that instead of coming back at once.
+            Parsed::Incomplete if bytes < client_hello::MAX => Err(io::ErrorKind::WouldBlock.into()),
+            parsed => Ok(parsed),
+        }
+    };
+    let parsed = loop {
+        let ready = stream.ready(Interest::READABLE).await?;
+        match stream.try_io(Interest::READABLE, &mut peek) {
+            // Peeking never meets the end behind bytes that stay, and a socket with an end is ready for ever.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && ready.is_read_closed() => {
+                return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
             }
-            match client_hello::parse(&buffer[..bytes]) {
-                // Not there yet, and the kernel wakes us on what is new only: "would block" is what tokio
-                // has to hear to wait for that instead of coming back at once.
-                Parsed::Incomplete if bytes < client_hello::MAX => Err(io::ErrorKind::WouldBlock.into()),
-                parsed => Ok(parsed),
-            }
-        })
-        .await?;
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            other => break other?,
+        }
+    };
     match parsed {
         Parsed::Name(name) => Ok(name),
         Parsed::Incomplete | Parsed::Other => Err(PeekError::NotRayless),

@@ -77,6 +77,24 @@ async fn a_session_is_handed_over_before_a_byte_of_it_is_read() {
 }
 
 #[tokio::test]
+async fn a_caller_that_ends_in_the_middle_of_its_wish_costs_nothing_more() {
+    let (mut front, address, counters) = front();
+    let mut half = TcpStream::connect(address).await.unwrap();
+    half.write_all(&[22, 3, 1]).await.unwrap();
+    half.shutdown().await.unwrap();
+    // Long before the time-out for those who are silent.
+    counted(&counters, Refused::Unfinished, 1).await;
+    assert_eq!(half.read(&mut [0]).await.unwrap_or(0), 0, "closed");
+    // Others are served meanwhile.
+    let token = token();
+    let (ours, theirs) = (node(&token), node(&token));
+    let server = async { tcp::accept(front.next().await.unwrap().stream, ours.tls()).await };
+    let client = tcp::connect(address, "x.keeper.rayless", theirs.tls(), Purpose::Step, None);
+    let (server, client) = tokio::join!(server, client);
+    assert!(server.is_ok() && client.is_ok());
+}
+
+#[tokio::test]
 async fn another_token_is_told_on_both_sides() {
     let (ours, theirs) = (node(&token()), node(&token()));
     let (mut front, address, _) = front();
