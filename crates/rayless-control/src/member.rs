@@ -22,9 +22,11 @@ use std::{
 pub const BACK_OFF_MIN: Duration = Duration::from_millis(20);
 /// Longest pause between two dials: how much later than possible a node may notice that the head is back.
 pub const BACK_OFF_MAX: Duration = Duration::from_secs(1);
-/// First limit of a dial; doubles up to [`HANDSHAKE_TIMEOUT`], then starts again: a head that comes up is found
-/// soon by a fresh dial, and a slow wire is given its time by the long ones.
+/// First limit of a dial. The next ones are 1.5 s and [`HANDSHAKE_TIMEOUT`], then it starts again: a head that comes up is
+/// found soon by a fresh dial, and a slow wire is given its time by the long ones.
 pub const DIAL_LIMIT_MIN: Duration = Duration::from_millis(300);
+const DIAL_LIMIT_FACTOR: u32 = 5;
+const DIAL_LIMIT_STEPS: u32 = 3;
 
 /// What a [`Member`] needs to know.
 #[derive(Debug, Clone)]
@@ -126,6 +128,9 @@ pub struct Member {
     sessions: u64,
     /// Failed attempts since the last welcome.
     failures: u32,
+    /// When the present dial began, and how long the last one that came through took.
+    dialled: Instant,
+    trip: Duration,
     last_failure: String,
     ever_welcomed: bool,
     talked: Option<(Instant, String)>,
@@ -140,6 +145,8 @@ impl Member {
             state: State::Resting { until: now },
             sessions: 0,
             failures: 0,
+            dialled: now,
+            trip: Duration::ZERO,
             last_failure: String::new(),
             ever_welcomed: false,
             talked: None,
@@ -241,6 +248,7 @@ impl Member {
 
     fn on_connected(&mut self, session: SessionId, now: Instant) {
         if matches!(self.state, State::Dialing { session: mine, .. } if mine == session) {
+            self.trip = now.saturating_duration_since(self.dialled);
             self.state = State::Joining { session, limit: now + HANDSHAKE_TIMEOUT };
             self.effects.push_back(Effect::Join(session, self.config.incarnation));
         } else {
@@ -310,8 +318,10 @@ impl Member {
     fn dial(&mut self, now: Instant) {
         self.sessions += 1;
         let session = SessionId(self.sessions);
-        let doublings = self.failures % (HANDSHAKE_TIMEOUT.as_millis() / DIAL_LIMIT_MIN.as_millis()).ilog2().max(1);
-        let limit = (DIAL_LIMIT_MIN * 2u32.pow(doublings)).min(HANDSHAKE_TIMEOUT);
+        let step = self.failures % DIAL_LIMIT_STEPS;
+        // On a slow wire not even the first dial is cut short.
+        let limit = (DIAL_LIMIT_MIN * DIAL_LIMIT_FACTOR.pow(step)).max(self.trip * 3).min(HANDSHAKE_TIMEOUT);
+        self.dialled = now;
         self.state = State::Dialing { session, limit: now + limit };
         self.effects.push_back(Effect::Dial(session));
     }

@@ -10,7 +10,7 @@ use rayless_proto::{
     limits::{MAX_ENDED_GROUPS, MAX_EVENTS, MAX_GONE_NODES, MAX_WAITING},
     resources::{GPU, Quantity, Resources, Strategy},
     v1::{
-        control::{GpuInfo, GroupSpec, NodeInfo, RefusalKind, ToHead, ToNode},
+        control::{GpuInfo, GroupSpec, HeldGroup, NodeInfo, RefusalKind, ToHead, ToNode, WorkerState},
         status::NodeState,
     },
 };
@@ -216,16 +216,70 @@ fn a_request_that_is_asked_again_is_answered_again() {
     assert!(b.say(1, ToHead::CreateGroup { request: 1, spec: spec(2, 1000) }).is_empty(), "still being placed");
     assert!(matches!(b.say(1, ToHead::KeeperReady { group })[..], [ToNode::GroupPlaced { request: 1, .. }]));
     assert!(matches!(b.say(1, ToHead::KeeperReady { group })[..], []));
-    assert!(matches!(
-        b.say(1, ToHead::CreateGroup { request: 1, spec: spec(2, 1000) })[..],
-        [ToNode::GroupPlaced { .. }]
-    ));
-    b.say(1, ToHead::GroupEnded { group, cause: "a rank died".into() });
-    let again = b.say(1, ToHead::CreateGroup { request: 1, spec: spec(2, 1000) });
+    // On the same session the first answer is on its way; on the next one it may have been lost.
+    assert!(matches!(b.say(1, ToHead::CreateGroup { request: 1, spec: spec(2, 1000) })[..], []));
+    b.open(2, 1);
+    let ToNode::StartKeeper { name, world_size, driver_node, ranks, .. } = start[0].clone() else { panic!() };
+    let held =
+        HeldGroup { group, name, world_size, driver_node, ranks, pids: vec![0], states: vec![WorkerState::Starting] };
+    let mut again = join(info(1, 1));
+    if let ToHead::Join { held: all, .. } = &mut again {
+        all.push(held);
+    }
+    assert!(matches!(b.say(2, again)[..], [ToNode::Welcome { .. }]));
+    let told = b.say(2, ToHead::CreateGroup { request: 1, spec: spec(2, 1000) });
+    assert!(matches!(told[..], [ToNode::GroupPlaced { .. }]), "{told:?}");
+    b.say(2, ToHead::GroupEnded { group, cause: "a rank died".into() });
+    let again = b.say(2, ToHead::CreateGroup { request: 1, spec: spec(2, 1000) });
     assert!(matches!(&again[..], [ToNode::RequestRefused { refusal, .. }] if refusal.cause == "a rank died"));
     // A keeper that turns up after the end is told to go.
-    let stray = b.say(1, ToHead::KeeperReady { group });
+    let stray = b.say(2, ToHead::KeeperReady { group });
     assert!(matches!(&stray[..], [ToNode::StopKeeper { cause, .. }] if cause == "a rank died"));
+}
+
+#[test]
+fn a_joining_node_hears_of_its_peers_and_a_leaving_one_takes_its_part_along() {
+    let mut b = Bench::new();
+    for node in [1, 2] {
+        b.open(node.into(), node);
+        b.say(node.into(), join(info(node, 1)));
+    }
+    let bundles = vec![Resources::new().with(GPU, Quantity::ONE); 4];
+    b.sent.clear();
+    let message = ToHead::CreateGroup { request: 1, spec: GroupSpec { bundles, driver_node: id(1), ..spec(1, 0) } };
+    b.give(Input::Message { session: SessionId(1), message });
+    let starts: Vec<_> = b.sent.drain(..).collect();
+    let (session, ToNode::StartKeeper { group, name, world_size, driver_node, ranks }) = starts[1].clone() else {
+        panic!("{starts:?}")
+    };
+    for session in [1, 2] {
+        b.say(session, ToHead::KeeperReady { group });
+    }
+    b.give(Input::Liveness { node: id(1), incarnation: Incarnation(1), transition: Transition::Suspect });
+    assert_eq!(session, SessionId(2));
+    b.open(3, 2);
+    let held = HeldGroup {
+        group,
+        name,
+        world_size,
+        driver_node,
+        ranks,
+        pids: vec![5, 6],
+        states: vec![WorkerState::Ready; 2],
+    };
+    let mut again = join(info(2, 1));
+    if let ToHead::Join { held: all, .. } = &mut again {
+        all.push(held);
+    }
+    let said = b.say(3, again);
+    let verdict =
+        |m: &ToNode| matches!(m, ToNode::NodeVerdict { node, state: NodeState::Suspect, .. } if *node == id(1));
+    assert!(said.iter().any(verdict), "{said:?}");
+    b.say(3, ToHead::Leave);
+    let report = b.head.status(b.now);
+    let group = report.groups.iter().find(|g| g.id == group).map(|g| g.workers.clone()).unwrap_or_default();
+    let states: Vec<WorkerState> = group.iter().filter(|w| w.node == id(2)).map(|w| w.state).collect();
+    assert_eq!(states, [WorkerState::Dead; 2], "what left has no part any more");
 }
 
 #[test]

@@ -49,7 +49,7 @@ fn fault(w: &mut World, rng: &mut Rng) {
     let (a, b) = (rng.below(hosts) as usize, rng.below(hosts) as usize);
     let driver = (!w.drivers.is_empty()).then(|| rng.below(w.drivers.len() as u64) as usize);
     let name = |w: &World, h: usize| w.hosts[h].name.clone();
-    match rng.below(30) {
+    match rng.below(31) {
         0..=7 => {
             let placed: Vec<_> = w.reservations.iter().filter(|r| r.state == ReservationState::Placed).collect();
             let within = placed.get(rng.below(4) as usize).and_then(|r| r.id);
@@ -143,6 +143,10 @@ fn fault(w: &mut World, rng: &mut Rng) {
         27 if a != 0 && w.hosts[a].daemon.is_some() && !w.hosts[a].paused => {
             w.say(format!("> leave {}", name(w, a)));
             w.leave(a);
+        }
+        28 => {
+            w.say(format!("> break {}", name(w, a)));
+            w.break_session(a);
         }
         _ => {
             let Some(driver) = driver else { return };

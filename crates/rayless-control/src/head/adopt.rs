@@ -120,6 +120,8 @@ impl Head {
                     bundle_count: h.bundle_count,
                     bundles: BTreeMap::new(),
                     requester: None,
+                    told_on: None,
+                    orphaned: false,
                     removing: false,
                 });
                 self.note("placement-group-adopted", format!("placement group {} is still held", h.name), now);
@@ -162,6 +164,7 @@ impl Head {
                 phase: if over { Phase::Failed } else { Phase::Placed },
                 cause: if over { "it ended while this node was away".into() } else { String::new() },
                 requester: None,
+                told_on: None,
                 parts: BTreeMap::new(),
                 ended: over.then_some(now),
             };

@@ -9,7 +9,7 @@ use super::{
     model::{Bundle, Phase, PlacementGroup, Requester, Want},
 };
 use rayless_proto::{
-    ids::{GroupId, NodeId, PlacementGroupId},
+    ids::{GroupId, Incarnation, NodeId, PlacementGroupId},
     resources::{Allocation, Resources, Strategy},
     v1::control::{HeldPlacementGroup, RefusalKind, ToNode},
 };
@@ -62,6 +62,8 @@ impl Head {
             bundle_count: u32::try_from(bundles.len()).unwrap_or(u32::MAX),
             bundles,
             requester: Some(requester),
+            told_on: None,
+            orphaned: false,
             removing: false,
         };
         let nodes: BTreeSet<NodeId> = group.bundles.values().map(|b| b.node).collect();
@@ -95,8 +97,12 @@ impl Head {
     }
 
     fn send_bundles_placed(&mut self, id: PlacementGroupId) {
-        let Some(group) = self.placement_groups.get(&id) else { return };
+        let Some(group) = self.placement_groups.get_mut(&id) else { return };
         let Some(requester) = group.requester else { return };
+        let session = self.nodes.get(&requester.node).and_then(|n| n.session);
+        if session.is_none() || std::mem::replace(&mut group.told_on, session) == session {
+            return;
+        }
         let nodes = group.bundles.values().map(|b| b.node).collect();
         self.reply(requester, ToNode::PlacementGroupPlaced { request: requester.request, id, nodes });
     }
@@ -136,10 +142,11 @@ impl Head {
         let free: Vec<PlacementGroupId> = self
             .placement_groups
             .iter()
-            .filter(|(id, p)| p.removing && !self.groups.values().any(|g| g.is_carved_from(**id)))
+            .filter(|(id, p)| (p.removing || p.orphaned) && !self.groups.values().any(|g| g.is_carved_from(**id)))
             .map(|(id, _)| *id)
             .collect();
         for id in free {
+            self.refuse_waiting_for(id);
             let Some(group) = self.placement_groups.remove(&id) else { continue };
             for bundle in group.bundles.values() {
                 if let Some(node) = self.nodes.get_mut(&bundle.node) {
@@ -154,6 +161,14 @@ impl Head {
             self.stirred = true;
             self.dirty = true;
         }
+    }
+
+    /// The clients of a node are gone, except those of its life `keep`: what they reserved ends with what was carved out of it.
+    pub(super) fn orphan_bundles(&mut self, node: NodeId, keep: Option<Incarnation>) {
+        for group in self.placement_groups.values_mut() {
+            group.orphaned |= group.requester.is_some_and(|r| r.node == node && Some(r.incarnation) != keep);
+        }
+        self.settle_placement_groups();
     }
 
     /// Ends the placement groups with bundles on a node that is gone for good. The node's pool is no longer of interest.

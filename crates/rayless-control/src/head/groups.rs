@@ -43,6 +43,7 @@ impl Head {
             phase: Phase::Placing,
             cause: String::new(),
             requester: Some(requester),
+            told_on: None,
             parts: BTreeMap::new(),
             ended: None,
         };
@@ -152,10 +153,16 @@ impl Head {
         self.send_placed(id);
     }
 
-    /// Tells whoever asked that the group is placed; also again, if it asks again.
+    /// Tells whoever asked that the group is placed; also again, if it asks again on another session. (On one session the
+    /// answer to a repeated question would cross the first one, and look like a second group.)
     pub(super) fn send_placed(&mut self, id: GroupId) {
-        let Some(group) = self.groups.get(&id) else { return };
+        let Some(group) = self.groups.get_mut(&id) else { return };
         let Some(requester) = group.requester else { return };
+        let session = self.nodes.get(&requester.node).and_then(|n| n.session);
+        if session.is_none() || std::mem::replace(&mut group.told_on, session) == session {
+            return;
+        }
+        let Some(group) = self.groups.get(&id) else { return };
         let mut placements: Vec<Placement> = Vec::new();
         let mut nodes = Vec::new();
         for (node_id, part) in &group.parts {

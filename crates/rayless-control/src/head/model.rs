@@ -158,6 +158,8 @@ pub(super) struct Group {
     pub(super) cause: String,
     /// Unknown for groups that were adopted from nodes alone.
     pub(super) requester: Option<Requester>,
+    /// The session on which the requester was told: it is not told twice on one.
+    pub(super) told_on: Option<SessionId>,
     pub(super) parts: BTreeMap<NodeId, Part>,
     pub(super) ended: Option<Instant>,
 }
@@ -211,7 +213,11 @@ pub(super) struct PlacementGroup {
     /// By index. Fewer than `bundle_count` while nodes have yet to rejoin a head that was restarted.
     pub(super) bundles: BTreeMap<u32, Bundle>,
     pub(super) requester: Option<Requester>,
-    /// To be given back as soon as no group holds a part of it.
+    /// As for groups.
+    pub(super) told_on: Option<SessionId>,
+    /// The client that made it is gone with its daemon's life: given back when the last group carved out of it has ended.
+    pub(super) orphaned: bool,
+    /// To be given back as soon as no group holds a part of it; nothing is carved out of it any more.
     pub(super) removing: bool,
 }
 
@@ -260,6 +266,8 @@ pub(super) struct Waiting {
     pub(super) since: Instant,
     pub(super) until: Instant,
     pub(super) next_report: Instant,
+    /// Its node joined again since then and has yet to ask again: the client may be gone. Not served meanwhile.
+    pub(super) doubted: Option<Instant>,
     /// Nothing became free since it was last tried.
     pub(super) tried: bool,
     /// Whether it could be placed if nobody held anything, as of this version of the cluster's shape.

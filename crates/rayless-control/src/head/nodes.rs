@@ -54,7 +54,11 @@ impl Head {
         if reborn {
             self.forget_requests(id, Some(incarnation), "its daemon was restarted before the group was placed", now);
         }
+        self.doubt_requests(id, now);
         self.compare_books(id, reborn, brought, now);
+        if reborn {
+            self.orphan_bundles(id, Some(incarnation));
+        }
         if before.is_some_and(|b| b != NodeState::Alive) {
             self.send_verdicts(id);
         }
@@ -265,6 +269,7 @@ impl Head {
             self.end_group(group, Phase::Failed, &line, now);
         }
         self.lose_bundles(id, &line, now);
+        self.orphan_bundles(id, None);
         self.shape += 1;
         self.dirty = true;
         self.prune_nodes(now);
@@ -362,6 +367,7 @@ impl Head {
             }
             self.forget_parts(*id);
             self.lose_bundles(*id, &line, now);
+            self.orphan_bundles(*id, None);
             self.nodes.remove(id);
         }
     }

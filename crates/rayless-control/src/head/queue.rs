@@ -30,6 +30,8 @@ use std::time::{Duration, Instant};
 
 /// No launch waits longer, whatever it asks for; also keeps the arithmetic of time from overflowing.
 const MAX_WAIT: Duration = Duration::from_secs(365 * 24 * 3600);
+/// How long after its welcome a node may take to ask again for what it still wants.
+const ASK_AGAIN_WITHIN: Duration = Duration::from_secs(5);
 /// What to do when resources are short.
 pub(super) const SHORT_HINT: &str = "`rayless status` shows who holds what: add a node with `rayless join`, end a group with `rayless stop --group ID`, or wait longer with `--wait S`";
 
@@ -59,6 +61,9 @@ impl Head {
     pub(super) fn enqueue(&mut self, requester: Requester, want: Want, wait_ms: u64, now: Instant) {
         if let Some(again) = self.queue.iter_mut().find(|w| w.requester == requester) {
             again.next_report = now;
+            again.doubted = None;
+            again.tried = false;
+            self.arrived = true;
             return;
         }
         if let Some((cause, hint)) = bad_request(&want) {
@@ -75,6 +80,7 @@ impl Head {
             since: now,
             until,
             next_report: now,
+            doubted: None,
             tried: false,
             feasible: None,
         });
@@ -98,7 +104,7 @@ impl Head {
             }
         }
         for at in 0..self.queue.len() {
-            if self.queue[at].next_report > now {
+            if self.queue[at].next_report > now || self.queue[at].doubted.is_some() {
                 continue;
             }
             self.queue[at].next_report = now + WAIT_REPORT_PERIOD;
@@ -108,10 +114,21 @@ impl Head {
         }
     }
 
+    /// A node joined (again): what its clients wait for is served when it asks for it again, which it does at once after its
+    /// welcome, or forgotten. A client may have gone away while nobody could say so.
+    pub(super) fn doubt_requests(&mut self, node: NodeId, now: Instant) {
+        for waiting in self.queue.iter_mut().filter(|w| w.requester.node == node) {
+            waiting.doubted = Some(now);
+        }
+    }
+
     fn give_up(&mut self, now: Instant) {
+        let before = self.queue.len();
+        self.queue.retain(|w| w.doubted.is_none_or(|since| now < doubt_ends(since)));
+        self.stirred |= self.queue.len() != before;
         let mut at = 0;
         while at < self.queue.len() {
-            if self.queue[at].until > now {
+            if self.queue[at].until > now || self.queue[at].doubted.is_some() {
                 at += 1;
                 continue;
             }
@@ -135,6 +152,10 @@ impl Head {
         let mut at = 0;
         while at < self.queue.len() {
             let waiting = &self.queue[at];
+            if waiting.doubted.is_some() {
+                at += 1;
+                continue;
+            }
             let answer = if waiting.tried { Answer::Wait } else { self.seats_for(waiting, &claims) };
             match answer {
                 Answer::Wait => {
@@ -318,6 +339,11 @@ impl Head {
         }
         None
     }
+}
+
+/// When a request that was not asked for again is forgotten.
+pub(super) fn doubt_ends(since: Instant) -> Instant {
+    since + ASK_AGAIN_WITHIN
 }
 
 /// Python talks to itself across patch releases; everything else must be equal. An empty version is an unknown one.

@@ -82,6 +82,7 @@ struct SavedPlacementGroup {
     bundle_count: u32,
     bundles: Vec<(u32, NodeId, Allocation)>,
     requester: Option<Requester>,
+    orphaned: bool,
     removing: bool,
 }
 
@@ -168,6 +169,8 @@ impl Head {
             bundle_count: saved.bundle_count,
             bundles: std::collections::BTreeMap::new(),
             requester: saved.requester,
+            told_on: None,
+            orphaned: saved.orphaned,
             removing: saved.removing,
         };
         for (index, node, allocation) in saved.bundles {
@@ -187,6 +190,7 @@ impl Head {
             phase: saved.phase,
             cause: saved.cause,
             requester: saved.requester,
+            told_on: None,
             parts: std::collections::BTreeMap::new(),
             ended: saved.phase.is_over().then_some(now),
         };
@@ -232,6 +236,7 @@ fn save_placement_group(id: PlacementGroupId, group: &PlacementGroup) -> SavedPl
         bundle_count: group.bundle_count,
         bundles: group.bundles.iter().map(|(index, b)| (*index, b.node, b.allocation.clone())).collect(),
         requester: group.requester,
+        orphaned: group.orphaned,
         removing: group.removing,
     }
 }

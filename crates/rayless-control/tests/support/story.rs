@@ -8,6 +8,7 @@
 //! stop g / kill driver g / cancel g / kill worker g 3 / kill keeper g on b / end g at b / end all at b
 //! reserve pg from a: 2 x {GPU:8} [STRICT_SPREAD] [wait 10s]   /   remove pg
 //! cut a b / cut a -> b / cut udp a b / heal a b / delay a b 200ms / jitter a b 50ms / loss a b 30% / duplicates a b 20%
+//! break b                                   # its session with the head ends
 //! pause b / resume b / late b 450ms / mute b / unmute b / drain b 3 / drained b 3
 //! wait 3s
 //! expect X / within 2s expect X / for 5s expect X
@@ -261,6 +262,10 @@ impl Story {
             ["duplicates", a, b, p] => {
                 let p = percent(p)?;
                 self.links(a, b, |l| l.duplicates = p)?;
+            }
+            ["break", h] => {
+                let host = self.host(h)?;
+                self.world.break_session(host);
             }
             ["pause", h] => {
                 let host = self.host(h)?;

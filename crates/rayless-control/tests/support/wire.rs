@@ -241,6 +241,20 @@ impl World {
         }
     }
 
+    /// Something on the way ends the session; both sides learn of it at once.
+    pub fn break_session(&mut self, host: usize) {
+        let session = self.hosts[host].daemon.as_ref().and_then(|d| d.member.session());
+        let Some(conn) = session.and_then(|s| self.conn_of_member(host, s)) else { return };
+        let (head, member_session, head_session) =
+            (self.conns[conn].head_host, self.conns[conn].member_session, self.conns[conn].head_session);
+        self.conns[conn].node_open = false;
+        self.conns[conn].head_open = false;
+        self.member_in(host, member::Input::Closed(member_session, "the session broke".into()));
+        if let Some(session) = head_session {
+            self.head_in(head, head::Input::SessionClosed { session });
+        }
+    }
+
     pub fn conn_of_member(&self, host: usize, session: SessionId) -> Option<usize> {
         let boot = self.hosts[host].boot;
         self.conns
