@@ -10,21 +10,29 @@ use std::{
 };
 
 /// Set by hand on a node, variables with these prefixes are passed on as they are.
-const PASSED_ON: &[&str] = &["NCCL_", "GLOO_", "TP_SOCKET_"];
+const PASSED_ON: &[&str] = &["NCCL_", "GLOO_", "TP_SOCKET_", "CUDA_DEVICE_ORDER"];
 
-/// Variables of this node. `hand_set` is the daemon's own environment.
-pub fn node_env(address: IpAddr, interface: &str, hand_set: impl Iterator<Item = (String, String)>) -> Vec<NodeEnv> {
-    derived(address, interface, hand_set, Path::new("/sys/class/infiniband"))
+/// Variables of this node. `hand_set` is the daemon's own environment, `has_cuda` tells whether a driver of NVIDIA is there.
+pub fn node_env(
+    address: IpAddr,
+    interface: &str,
+    has_cuda: bool,
+    hand_set: impl Iterator<Item = (String, String)>,
+) -> Vec<NodeEnv> {
+    derived(address, interface, has_cuda, hand_set, Path::new("/sys/class/infiniband"))
 }
 
 fn derived(
     address: IpAddr,
     interface: &str,
+    has_cuda: bool,
     hand_set: impl Iterator<Item = (String, String)>,
     infiniband: &Path,
 ) -> Vec<NodeEnv> {
     let mut all: Vec<NodeEnv> = hand_set
         .filter(|(name, _)| name == "VLLM_HOST_IP" || PASSED_ON.iter().any(|prefix| name.starts_with(prefix)))
+        // Images say so which NCCL they carry; it sets nothing.
+        .filter(|(name, _)| name != "NCCL_VERSION")
         .map(|(name, value)| NodeEnv { name, value, source: "set by hand on this node".to_owned() })
         .collect();
     let mut offer = |name: &str, value: String, source: String| {
@@ -33,6 +41,10 @@ fn derived(
         }
     };
     offer("VLLM_HOST_IP", address.to_string(), "address chosen at join".to_owned());
+    if has_cuda {
+        // NVML, by which GPUs are given out, counts so; CUDA by itself would put the fastest first.
+        offer("CUDA_DEVICE_ORDER", "PCI_BUS_ID".to_owned(), "GPUs are numbered as NVML does".to_owned());
+    }
     if !interface.is_empty() {
         let source = format!("interface of {address}");
         offer("GLOO_SOCKET_IFNAME", interface.to_owned(), source.clone());
@@ -131,16 +143,23 @@ mod tests {
     #[test]
     fn all_names_follow_from_the_address_and_a_hand_set_one_wins() {
         let root = tempfile::tempdir().unwrap();
-        let hand =
-            [("NCCL_SOCKET_IFNAME", "bond0"), ("NCCL_DEBUG", "INFO"), ("HOME", "/x"), ("RAYLESS_TOKEN", "secret")];
+        let hand = [
+            ("NCCL_VERSION", "2.28"),
+            ("NCCL_SOCKET_IFNAME", "bond0"),
+            ("NCCL_DEBUG", "INFO"),
+            ("HOME", "/x"),
+            ("RAYLESS_TOKEN", "secret"),
+        ];
         let hand = hand.map(|(name, value)| (name.to_owned(), value.to_owned()));
-        let all = derived("10.0.0.1".parse().unwrap(), "eth0", hand.into_iter(), root.path());
+        let all = derived("10.0.0.1".parse().unwrap(), "eth0", true, hand.into_iter(), root.path());
         assert_eq!(value(&all, "VLLM_HOST_IP"), Some("10.0.0.1"));
         assert_eq!(value(&all, "GLOO_SOCKET_IFNAME"), Some("eth0"));
         assert_eq!(value(&all, "TP_SOCKET_IFNAME"), Some("eth0"));
         assert_eq!(value(&all, "NCCL_SOCKET_IFNAME"), Some("bond0"));
         assert_eq!(value(&all, "NCCL_DEBUG"), Some("INFO"));
         assert_eq!(value(&all, "NCCL_IB_HCA"), None);
+        assert_eq!(value(&all, "CUDA_DEVICE_ORDER"), Some("PCI_BUS_ID"));
+        assert_eq!(value(&all, "NCCL_VERSION"), None);
         assert_eq!(value(&all, "RAYLESS_TOKEN"), None);
         let by_hand = all.iter().find(|env| env.name == "NCCL_SOCKET_IFNAME").unwrap();
         assert_eq!(by_hand.source, "set by hand on this node");
@@ -150,11 +169,12 @@ mod tests {
     fn the_only_rdma_device_is_named_with_its_gid() {
         let root = tempfile::tempdir().unwrap();
         rdma_device(root.path(), "erdma_0", "eth0");
-        let all = derived("10.0.0.1".parse().unwrap(), "eth0", std::iter::empty(), root.path());
+        let all = derived("10.0.0.1".parse().unwrap(), "eth0", false, std::iter::empty(), root.path());
         assert_eq!(value(&all, "NCCL_IB_HCA"), Some("=erdma_0:1"));
         assert_eq!(value(&all, "NCCL_IB_GID_INDEX"), Some("2"));
-        let other = derived("10.0.0.1".parse().unwrap(), "eth1", std::iter::empty(), root.path());
+        let other = derived("10.0.0.1".parse().unwrap(), "eth1", false, std::iter::empty(), root.path());
         assert_eq!(value(&other, "NCCL_IB_HCA"), None);
+        assert_eq!(value(&other, "CUDA_DEVICE_ORDER"), None);
     }
 
     #[test]
@@ -162,7 +182,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         rdma_device(root.path(), "mlx5_0", "eth0");
         rdma_device(root.path(), "mlx5_1", "eth1");
-        let all = derived("10.0.0.1".parse().unwrap(), "eth0", std::iter::empty(), root.path());
+        let all = derived("10.0.0.1".parse().unwrap(), "eth0", false, std::iter::empty(), root.path());
         assert_eq!(value(&all, "NCCL_IB_HCA"), None);
     }
 }

@@ -1,5 +1,5 @@
 //! Groups of real workers (this test program plays them), on clusters of real daemons and keepers.
-#![allow(clippy::unwrap_used, reason = "a test ends with the first thing that is not as it should be")]
+#![allow(clippy::unwrap_used, clippy::exit, reason = "a test ends with the first thing that is not as it should be")]
 
 mod common;
 

@@ -43,7 +43,7 @@ pub(crate) fn watch(group: GroupId, before: Used, events: Events) {
     let spawned = thread::Builder::new().name("drain".to_owned()).spawn(move || {
         let start = Instant::now();
         let gpus: Vec<u32> = before.keys().copied().collect();
-        let mut told = false;
+        let (mut told, mut warned) = (false, false);
         loop {
             let full: Vec<u32> = not_back(&before, &used(&gpus));
             if full.is_empty() {
@@ -57,7 +57,7 @@ pub(crate) fn watch(group: GroupId, before: Used, events: Events) {
                 }
             }
             let late = start.elapsed() > GPU_DRAIN_TIMEOUT;
-            if late {
+            if late && !std::mem::replace(&mut warned, true) {
                 tracing::warn!(%group, gpus = ?full, "GPU memory is not back {} s after the group's end", start.elapsed().as_secs());
             }
             thread::sleep(if late { LOOK_LATER } else { LOOK_SOON });

@@ -220,7 +220,7 @@ async fn start(config: DaemonConfig, lock: RunDirLock, talk: &mut dyn FnMut(Talk
         run: config.run_dir,
         exe: config.exe,
         identity,
-        gpus_measured: gpu::count_in_proc().is_some() && !inventory.gpus.is_empty(),
+        gpus_measured: gpu::has_driver() && !inventory.gpus.is_empty(),
         dead_after,
         head_address: head_text,
         head_ip: head_address.map_or_else(|| info.address.clone(), |address| address.ip().to_string()),
@@ -362,6 +362,7 @@ fn node_info(
         node_env: node_env::node_env(
             choice.address,
             &choice.interface,
+            gpu::has_driver(),
             env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?))),
         ),
     })

@@ -5,7 +5,7 @@
 
 use nvml_wrapper::{Nvml, error::NvmlError};
 use rayless_proto::v1::control::GpuInfo;
-use std::{collections::BTreeMap, env, ffi::OsStr, fs};
+use std::{collections::BTreeMap, env, ffi::OsStr, fs, path::Path};
 
 /// The name that a driver installs; the one without the version comes with development packages only.
 const LIBRARY: &str = "libnvidia-ml.so.1";
@@ -27,6 +27,11 @@ pub struct Probe {
 pub fn count_in_proc() -> Option<u32> {
     let entries = fs::read_dir("/proc/driver/nvidia/gpus").ok()?;
     u32::try_from(entries.filter_map(Result::ok).count()).ok()
+}
+
+/// Whether a driver of NVIDIA is there (microseconds). In a container `/proc` may not show it, but the device does.
+pub fn has_driver() -> bool {
+    count_in_proc().is_some_and(|count| count > 0) || Path::new("/dev/nvidiactl").exists()
 }
 
 /// Asks NVML. A host without driver or GPU gives an empty probe.

@@ -81,7 +81,7 @@ pub struct Inventory {
 /// [`InventoryError`], for wishes that this host cannot fulfil.
 pub fn quick(wishes: &Wishes) -> Result<Inventory, InventoryError> {
     let in_proc = gpu::count_in_proc();
-    let driver = in_proc.is_some_and(|count| count > 0) || Path::new("/dev/nvidiactl").exists();
+    let driver = gpu::has_driver();
     let mut versions = vec![("rayless".to_owned(), BUILD.to_owned())];
     if let Ok(kernel) = fs::read_to_string("/proc/sys/kernel/osrelease") {
         versions.push(("kernel".to_owned(), kernel.trim().to_owned()));
