@@ -79,7 +79,7 @@ def init(
 
     ``address`` (``IP:port`` of the head, or ``"auto"``) is a check: the daemon must belong to that cluster.
     ``local`` starts a cluster of one node on a loopback address, with ``num_cpus``, ``num_gpus`` and ``resources``;
-    ``shutdown`` or the end of this process ends it.
+    ``shutdown`` or an orderly end of this process ends it; after a kill, ``rayless stop --run-dir`` does.
 
     Raises ``ClusterNotFoundError`` where no daemon runs, or it belongs to another cluster.
     """
