@@ -11,7 +11,8 @@ import pytest
 
 from rayless import Deferred
 from rayless.vllm import environment
-from rayless.vllm.worker import Found, Worker, find
+from rayless.vllm.preflight import Found, compare, find
+from rayless.vllm.worker import Worker
 
 
 def rank(number: int, node: str, gpus: list[int] | None = None) -> SimpleNamespace:
@@ -119,7 +120,7 @@ class TestEnvironment:
 
 class TestPlans:
     def test_two_hosts_of_two_gpus(self) -> None:
-        from rayless.vllm.executor import describe, make_plans
+        from rayless.vllm.placement import describe, make_plans
 
         ranks = [rank(0, "a", [2]), rank(1, "a", [5]), rank(2, "b", [0]), rank(3, "b", [1])]
         plans = make_plans(ranks, "g")
@@ -133,13 +134,13 @@ class TestPlans:
         ]
 
     def test_ranks_that_share_a_gpu(self) -> None:
-        from rayless.vllm.executor import make_plans
+        from rayless.vllm.placement import make_plans
 
         plans = make_plans([rank(0, "a", [3]), rank(1, "a", [3])], "g")
         assert [(plan["gpus"], plan["device"], plan["local_rank"]) for plan in plans] == [([3], 0, 0), ([3], 0, 1)]
 
     def test_a_stage_on_two_nodes_is_told(self) -> None:
-        from rayless.vllm.executor import describe, make_plans
+        from rayless.vllm.placement import describe, make_plans
 
         assert "spans 2 nodes" in describe(make_plans([rank(0, "a"), rank(1, "b")], "g"), 2)[1]
 
@@ -154,7 +155,7 @@ class TestChecks:
     }
 
     def refused(self, **changed: Any) -> str:
-        from rayless.vllm.executor import compare
+        from rayless.vllm.preflight import compare
 
         other: Any = {**self.GOOD, "node": "node b", **changed}
         with pytest.raises(RuntimeError) as caught:
@@ -162,7 +163,7 @@ class TestChecks:
         return str(caught.value)
 
     def test_equals_pass(self) -> None:
-        from rayless.vllm.executor import compare
+        from rayless.vllm.preflight import compare
 
         compare([self.GOOD, {**self.GOOD, "node": "node b", "python": "3.11.2"}], "/models/tiny")
 

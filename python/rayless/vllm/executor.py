@@ -10,7 +10,7 @@ import concurrent.futures
 import pickle
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
@@ -20,7 +20,9 @@ from vllm.v1.executor.abstract import Executor
 
 import rayless
 from rayless.vllm.environment import gpus_per_worker
-from rayless.vllm.worker import Found, Plan, Worker, find
+from rayless.vllm.placement import describe, make_plans
+from rayless.vllm.preflight import compare, find
+from rayless.vllm.worker import Worker
 from vllm import envs
 
 if TYPE_CHECKING:
@@ -311,47 +313,6 @@ def _resources(on_cpu: bool, stages: int) -> tuple[dict[str, float], str]:
     return {"CPU": 1.0}, "SPREAD" if stages > 1 else "PACK"
 
 
-def make_plans(ranks: Sequence[Any], group: str) -> list[Plan]:
-    """Every rank's place: index on its node, the node's devices, and the identity of node and engine."""
-    plans: list[Plan] = []
-    for info in ranks:
-        here = [other for other in ranks if other.node_id == info.node_id]
-        gpus = sorted({gpu for other in here for gpu in other.gpus})
-        plans.append(
-            {
-                "rank": info.rank,
-                "world_size": len(ranks),
-                "local_rank": here.index(info),
-                "local_world_size": len(here),
-                "gpus": gpus,
-                "device": gpus.index(info.gpus[0]) if info.gpus else 0,
-                "address": info.address,
-                "node": f"node {info.node_name}",
-                "identity": f"{group}.{info.node_id}",
-            }
-        )
-    return plans
-
-
-def describe(plans: Sequence[Plan], tensor_parallel_size: int) -> list[str]:
-    """One line per stage: which ranks, on which node, on which GPUs."""
-    lines = []
-    for first in range(0, len(plans), tensor_parallel_size):
-        stage = plans[first : first + tensor_parallel_size]
-        places = []
-        for node in dict.fromkeys(plan["node"] for plan in stage):
-            here = [plan for plan in stage if plan["node"] == node]
-            gpus = ",".join(str(plan["gpus"][plan["device"]]) for plan in here if plan["gpus"])
-            places.append(f"{node} ({here[0]['address']}{', GPU ' + gpus if gpus else ''})")
-        ranks = f"rank {first}" if len(stage) == 1 else f"ranks {first}-{first + len(stage) - 1}"
-        lines.append(f"pipeline stage {first // tensor_parallel_size}: {ranks} on {' and '.join(places)}")
-        if len(places) > 1:
-            lines.append(
-                f"stage {first // tensor_parallel_size} spans {len(places)} nodes: its all-reduces cross the network"
-            )
-    return lines
-
-
 # --- checks ---
 
 
@@ -376,30 +337,3 @@ def _model_folder(config: VllmConfig) -> str | None:
 
     model = config.model_config.model
     return os.path.abspath(model) if os.path.isdir(model) else None
-
-
-def compare(found: Sequence[Found], folder: str | None) -> None:
-    """Raises one line of cause and a hint unless every node can run what this one runs."""
-    first = found[0]
-    for other in found:
-        if other["vllm"] is None:
-            raise RuntimeError(
-                f"{other['node']} has no vLLM for Python {other['python']}\n"
-                f"hint: install vllm=={first['vllm']} there, in the same environment as here"
-            )
-    for key, what in (("vllm", "vLLM"), ("torch", "torch"), ("python", "Python")):
-        for other in found:
-            mine, theirs = str(first.get(key)), str(other.get(key))
-            if key == "python":  # pickles travel between patch releases
-                mine, theirs = mine.rpartition(".")[0], theirs.rpartition(".")[0]
-            if mine != theirs:
-                raise RuntimeError(
-                    f"{what} differs: {mine} on {first['node']}, {theirs} on {other['node']}\n"
-                    f"hint: install the same {what} on every node that runs a rank"
-                )
-    missing = list(dict.fromkeys(other["node"] for other in found if other["model_missing"]))
-    if missing:
-        raise RuntimeError(
-            f"{missing[0]} has no folder {folder}\n"
-            f"hint: put the model at the same path on {', '.join(missing)}, or serve it by its repository name"
-        )

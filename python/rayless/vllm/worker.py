@@ -7,51 +7,24 @@ nor torch: ``boot`` does, when the environment of the process is final.
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import pickle
 import socket
-import sys
 import threading
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 from rayless.vllm import environment
+from rayless.vllm.placement import Plan
+from rayless.vllm.preflight import Found, find
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
     from vllm.config import VllmConfig
 
 SHARED_MEMORY = Path("/dev/shm")
-
-
-class Plan(TypedDict):
-    """Where one rank runs, as the executor computed it from the placement."""
-
-    rank: int
-    world_size: int
-    #: Index among the ranks of this node, and how many there are.
-    local_rank: int
-    local_world_size: int
-    #: The devices that this engine holds on this node, ascending, and which of them is this rank's.
-    gpus: list[int]
-    device: int
-    address: str
-    node: str
-    #: Differs between nodes and between engines; ranks that share it may use shared memory with each other.
-    identity: str
-
-
-class Found(TypedDict):
-    """What a node has, found without importing any of it."""
-
-    node: str
-    python: str
-    vllm: str | None
-    torch: str | None
-    model_missing: bool
 
 
 class Worker:
@@ -216,24 +189,6 @@ class Worker:
         for path in SHARED_MEMORY.iterdir():
             if path.name.startswith(f"{identity}-") and "cpushm" in path.name:
                 path.unlink(missing_ok=True)
-
-
-def find(node: str, model: str | None) -> Found:
-    """What this process could import, and whether the model's folder exists; imports nothing."""
-    return {
-        "node": node,
-        "python": ".".join(map(str, sys.version_info[:3])),
-        "vllm": _version("vllm"),
-        "torch": _version("torch"),
-        "model_missing": model is not None and not Path(model).is_dir(),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "of unknown version" if find_spec(package) else None
 
 
 def _bind(method: bytes, worker: Any) -> Callable[..., Any]:
