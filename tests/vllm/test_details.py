@@ -155,7 +155,6 @@ class TestChecks:
     }
 
     def refused(self, **changed: Any) -> str:
-        from rayless.vllm.preflight import compare
 
         other: Any = {**self.GOOD, "node": "node b", **changed}
         with pytest.raises(RuntimeError) as caught:
@@ -163,7 +162,6 @@ class TestChecks:
         return str(caught.value)
 
     def test_equals_pass(self) -> None:
-        from rayless.vllm.preflight import compare
 
         compare([self.GOOD, {**self.GOOD, "node": "node b", "python": "3.11.2"}], "/models/tiny")
 
