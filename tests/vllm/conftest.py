@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import leftovers
 import pytest
 
 TESTS = Path(__file__).resolve().parent.parent
@@ -63,7 +64,11 @@ def expected(models: dict[str, Path]) -> dict[str, list[list[int]]]:
     runs: list[tuple[str, str, dict[str, object]]] = [(name, str(path), {}) for name, path in models.items()]
     two: dict[str, object] = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
     runs.append(("deepseek_v3 TP2", str(models["deepseek_v3"]), two))
-    return generate(environment, runs)
+    names = leftovers.shared_memory()
+    try:
+        return generate(environment, runs)
+    finally:
+        leftovers.remove({name for name in leftovers.unused_shared_memory(names) if name.startswith("vllm_dist_")})
 
 
 def generate(

@@ -24,3 +24,9 @@ def unused_shared_memory(before: set[str]) -> set[str]:
         except OSError:  # gone meanwhile
             continue
     return {name for name in new if f"{SHARED_MEMORY}/{name}" not in mapped}
+
+
+def remove(names: set[str]) -> None:
+    """Removes what vLLM's own launcher leaves: the names of its CPU workers' memory stay when they are ended by a signal."""
+    for name in names:
+        (SHARED_MEMORY / name).unlink(missing_ok=True)

@@ -21,8 +21,8 @@ KEY = "sesame"
 
 
 @pytest.fixture(scope="module")
-def before() -> set[str]:
-    """Names in /dev/shm before any engine ran."""
+def before(expected: dict[str, list[list[int]]]) -> set[str]:
+    """Names in /dev/shm before any engine of ours ran."""
     return leftovers.shared_memory()
 
 

@@ -35,7 +35,9 @@ def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "of unknown version" if find_spec(package) else None
+        spec = find_spec(package)
+        # A folder of that name on the path is no package: it has no origin.
+        return "of unknown version" if spec and spec.origin else None
 
 
 def compare(found: Sequence[Found], folder: str | None) -> None:
