@@ -2,7 +2,11 @@
 
 use super::{PlacedParts, StartError};
 use crate::{retries, session::Session};
-use rayless_net::{framing, identity::TlsIdentity, unix};
+use rayless_net::{
+    framing,
+    identity::{TlsIdentity, peer_of},
+    unix,
+};
 use rayless_proto::{
     hello::{Hello, Purpose},
     ids::GroupId,
@@ -73,6 +77,10 @@ fn open_remote(node: &PlacedNode, group: GroupId, identity: &TlsIdentity) -> io:
     let name = ServerName::try_from(format!("{group}.keeper.rayless")).map_err(io::Error::other)?;
     let mut tls = ClientConnection::new(Arc::clone(&identity.client_config()), name).map_err(io::Error::other)?;
     greet(&mut rustls::Stream::new(&mut tls, &mut socket)).map_err(|error| told(error, group))?;
+    let peer = tls.peer_certificates().and_then(|certificates| peer_of(certificates.first()?));
+    if peer.map(|peer| peer.node) != Some(node.id) {
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, "another node answers at that address"));
+    }
     socket.set_read_timeout(None)?;
     socket.set_write_timeout(None)?;
     Session::remote(socket, tls)

@@ -658,8 +658,8 @@ impl Core {
         self.changed = true;
         self.give_up_at = Some(Instant::now() + timeout);
         if let Some(local) = &mut self.local {
+            // Closing the ring is the keeper's part: workers that left before it knows why would look like dead ones.
             local.outgoing.clear();
-            local.ring.close();
         }
         for index in 0..self.peers.len() {
             let peer = &mut self.peers[index];

@@ -78,7 +78,7 @@ pub(super) fn start(
     let stdout = process.stdout.take().ok_or_else(missing)?;
     let stderr = process.stderr.take().ok_or_else(missing)?;
     let pid = Pid::from_child(&process);
-    let pidfd = pidfd_open(pid, PidfdFlags::NONBLOCK)?;
+    let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
     Ok(Started { process, pidfd, stdout, stderr, control })
 }
 

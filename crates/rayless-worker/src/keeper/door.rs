@@ -1,10 +1,15 @@
 //! Who comes to the keeper's socket: a daemon, a driver of this host, or a driver's TCP session handed over by a daemon.
 
 use crate::{retries, session::Session};
-use rayless_net::{framing, identity::TlsIdentity, unix};
+use rayless_net::{
+    framing,
+    identity::{TlsIdentity, peer_of},
+    unix,
+};
 use rayless_proto::{
     codec,
     hello::{Hello, Purpose},
+    ids::NodeId,
     limits::{HANDSHAKE_TIMEOUT, MAX_HELLO, MAX_LOCAL_MESSAGE},
     v1::keeper::{FromKeeper, ToKeeper},
 };
@@ -44,7 +49,12 @@ pub(super) enum Caller {
 }
 
 /// Lets callers in for as long as the runtime lives.
-pub(super) fn open(listener: UnixListener, identity: TlsIdentity, callers: mpsc::UnboundedSender<Caller>) {
+pub(super) fn open(
+    listener: UnixListener,
+    identity: TlsIdentity,
+    driver: NodeId,
+    callers: mpsc::UnboundedSender<Caller>,
+) {
     let handshakes = Arc::new(Semaphore::new(HANDSHAKES));
     let ids = Arc::new(AtomicU64::new(0));
     tokio::spawn(async move {
@@ -61,7 +71,7 @@ pub(super) fn open(listener: UnixListener, identity: TlsIdentity, callers: mpsc:
             let (identity, callers) = (identity.clone(), callers.clone());
             let (handshakes, ids) = (Arc::clone(&handshakes), Arc::clone(&ids));
             tokio::spawn(async move {
-                if let Err(error) = serve(stream, &identity, callers, &handshakes, &ids).await {
+                if let Err(error) = serve(stream, &identity, driver, callers, &handshakes, &ids).await {
                     tracing::info!(%error, "caller turned away");
                 }
             });
@@ -72,6 +82,7 @@ pub(super) fn open(listener: UnixListener, identity: TlsIdentity, callers: mpsc:
 async fn serve(
     stream: UnixStream,
     identity: &TlsIdentity,
+    driver: NodeId,
     callers: mpsc::UnboundedSender<Caller>,
     handshakes: &Semaphore,
     ids: &AtomicU64,
@@ -94,7 +105,7 @@ async fn serve(
         }
         (1, b'S', Some(fd)) => {
             let _turn = handshakes.acquire().await.map_err(io::Error::other)?;
-            let session = timeout(HANDSHAKE_TIMEOUT, shake_hands(fd, identity)).await??;
+            let session = timeout(HANDSHAKE_TIMEOUT, shake_hands(fd, identity, driver)).await??;
             let _ = callers.send(Caller::Driver { session: Box::new(session), pid: None });
             Ok(())
         }
@@ -102,14 +113,18 @@ async fn serve(
     }
 }
 
-/// TLS and hello with a driver on another host.
-async fn shake_hands(fd: OwnedFd, identity: &TlsIdentity) -> io::Result<Session> {
+/// TLS and hello with the driver on another host. Of all that the cluster trusts only its node may drive this group.
+async fn shake_hands(fd: OwnedFd, identity: &TlsIdentity, driver: NodeId) -> io::Result<Session> {
     let socket = std::net::TcpStream::from(fd);
     socket.set_nonblocking(true)?;
     socket.set_nodelay(true)?;
     retries::keep_short(&socket)?;
     let acceptor = TlsAcceptor::from(identity.server_config());
     let mut stream = acceptor.accept(TcpStream::from_std(socket)?).await?;
+    let peer = stream.get_ref().1.peer_certificates().and_then(|certificates| peer_of(certificates.first()?));
+    if peer.map(|peer| peer.node) != Some(driver) {
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, "not from the node of this group's driver"));
+    }
     let hello = Hello::of_this_build(Purpose::Step).encode();
     framing::write_frame(&mut stream, &hello, MAX_HELLO).await.map_err(io::Error::other)?;
     let theirs = framing::read_frame(&mut stream, MAX_HELLO).await.map_err(io::Error::other)?;

@@ -130,7 +130,7 @@ impl Group {
         .map_err(failed("cannot start the step thread"))?;
         let (events_sender, events) = mpsc::unbounded_channel();
         let (callers_sender, callers) = mpsc::unbounded_channel();
-        door::open(listener, identity, callers_sender);
+        door::open(listener, identity, config.driver_node, callers_sender);
         Ok(Self {
             config,
             log_dir,
@@ -248,7 +248,7 @@ impl Group {
     /// The end of a driver of this host is seen even where a child that it forked holds its sockets open.
     fn watch_driver(&self, pid: u32) {
         let Some(process) = i32::try_from(pid).ok().and_then(Pid::from_raw) else { return };
-        let Ok(fd) = pidfd_open(process, PidfdFlags::NONBLOCK) else { return };
+        let Ok(fd) = pidfd_open(process, PidfdFlags::empty()) else { return };
         let events = self.events.clone();
         spawn_local(async move {
             if let Ok(fd) = child::watch(fd) {

@@ -38,6 +38,8 @@ const REPLIES: u64 = 1;
 const ORDERS: u64 = 2;
 /// Bytes of replies that may wait for a slow driver; beyond it the workers' reply rings fill up.
 const REPLIES_QUEUED: usize = 4 << 20;
+/// How long replies wait for those that complete their call, to travel in one write.
+const HOLD: Duration = Duration::from_millis(2);
 
 /// Main thread to step thread.
 pub(super) enum Order {
@@ -424,7 +426,13 @@ impl Step {
             }
         }
         self.set_interest();
-        let ready = self.poll(Some(tick.saturating_duration_since(Instant::now())));
+        let mut timeout = tick.saturating_duration_since(Instant::now());
+        if self.hold {
+            timeout = timeout.min(HOLD);
+        }
+        let ready = self.poll(Some(timeout));
+        // The others are late: these go alone.
+        self.hold &= ready.any;
         if !self.local {
             self.setup.ring.collector_wakes();
         }

@@ -9,7 +9,7 @@ use rayless_proto::{
     resources::Allocation,
     v1::{
         control::{NodeEnv, PlacedNode, Placement, RankAllocation},
-        keeper::KeeperConfig,
+        keeper::{FromKeeper, KeeperConfig},
         step::Launch,
     },
 };
@@ -188,15 +188,23 @@ impl World {
         keeper::socket_path(&self.configs[index])
     }
 
-    /// Nothing of the group is left on any host: every keeper ended and took its files along.
-    pub(crate) fn assert_nothing_left(&mut self) {
+    /// Nothing of the group is left on any host: every keeper ended and took its files along. The cause that each told its daemon.
+    pub(crate) fn assert_nothing_left(&mut self) -> Vec<String> {
+        let mut causes = Vec::new();
         for (handle, config) in self.handles.iter_mut().zip(&self.configs) {
             self.runtime.block_on(async {
-                let all = async { while handle.next().await.is_some() {} };
+                let all = async {
+                    while let Some(message) = handle.next().await {
+                        if let FromKeeper::Ended { cause } = message {
+                            causes.push(cause);
+                        }
+                    }
+                };
                 tokio::time::timeout(Duration::from_secs(8), all).await.expect("the keeper ends");
             });
             assert!(!keeper::socket_path(config).exists());
         }
+        causes
     }
 }
 
