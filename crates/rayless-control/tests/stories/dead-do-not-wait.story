@@ -8,7 +8,7 @@ within 1s expect hold placed
 launch large from b: 16 x {GPU:1} STRICT_PACK wait 600s
 launch eight from b: 8 x {GPU:1} STRICT_PACK
 within 1s expect eight placed b:0-7
-launch more from b: 20 x {GPU:1}
+launch more from b: 14 x {GPU:1}
 within 1s expect more waiting
 launch small from a: 8 x {GPU:1}
 within 1s expect small waiting
