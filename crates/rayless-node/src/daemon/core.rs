@@ -5,9 +5,9 @@
 
 use super::{
     DaemonError, Ready, Talk,
+    asked::{Client, Pending},
     event::{ClientId, Event, Events},
     keepers::Keeper,
-    requests::{Client, Pending},
     wire::{News, Wire},
 };
 use crate::run_dir::{self, RunDir};
@@ -15,7 +15,7 @@ use rayless_control::{Head, Member, SessionId, head, member};
 use rayless_net::identity::ClusterIdentity;
 use rayless_proto::{
     ids::{GroupId, NodeId, PlacementGroupId, RequestId},
-    limits::{REAP_TIMEOUT, WAIT_REPORT_PERIOD},
+    limits::REAP_TIMEOUT,
     v1::{
         control::{HeldGroup, HeldPlacementGroup, NodeInfo, RefusalKind, ToHead, ToNode},
         status::NodeState,
@@ -460,11 +460,6 @@ impl Core {
             cause: self.member.waiting_for().unwrap_or_else(|| "the head did not answer".to_owned()),
             hint: format!("start `rayless head` on {}; running groups go on without it", self.head_address),
         }
-    }
-
-    /// How often a client that waits for a head is told so.
-    pub(crate) const fn wait_report_period() -> Duration {
-        WAIT_REPORT_PERIOD
     }
 
     /// A message of the head for this node.

@@ -3,22 +3,18 @@
 //! Runs on threads of its own, which live only while something is measured: NVML calls block.
 
 use super::event::{Event, Events};
-use crate::inventory::gpu;
+use crate::inventory::gpu::{self, Used};
 use rayless_proto::{
     ids::GroupId,
     limits::{GPU_DRAIN_SLACK, GPU_DRAIN_TIMEOUT},
 };
 use std::{
-    collections::BTreeMap,
     fs, io,
     path::Path,
     thread,
     time::{Duration, Instant},
 };
 use tokio::sync::oneshot;
-
-/// Used bytes by GPU index.
-pub(crate) type Used = BTreeMap<u32, u64>;
 
 /// Between two looks while the memory should come back any moment, and after that.
 const LOOK_SOON: Duration = Duration::from_millis(250);

@@ -1,7 +1,6 @@
 //! All that can happen to a daemon, in one queue: its main loop takes one at a time.
 
-use super::drain::Used;
-use crate::inventory::gpu::Probe;
+use crate::inventory::gpu::{Probe, Used};
 use rayless_proto::{
     ids::GroupId,
     v1::{

@@ -3,10 +3,13 @@
 use super::{
     Talk,
     core::{Core, STATE_REPORT_PERIOD},
-    drain::{self, Used},
+    drain,
     keepers::{self, Keeper},
 };
-use crate::inventory::{self, gpu::Probe};
+use crate::inventory::{
+    self,
+    gpu::{Probe, Used},
+};
 use rayless_proto::{
     ids::{GroupId, NodeId},
     limits::MAX_ENDED_GROUPS,

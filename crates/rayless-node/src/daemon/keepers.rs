@@ -4,10 +4,10 @@
 //! at each join.
 
 use super::{
-    drain::{self, Used},
+    drain,
     event::{Event, Events},
 };
-use crate::run_dir::RunDir;
+use crate::{inventory::gpu::Used, run_dir::RunDir};
 use rayless_proto::{
     ids::{GroupId, NodeId, Rank},
     v1::{

@@ -3,6 +3,7 @@
 //! Read [`run`] for how it starts, `core` for how it lives (`event` lists all that can happen to it), `groups` and `requests`
 //! for what it does, `wire` for how it talks to other nodes.
 
+mod asked;
 mod clients;
 mod core;
 mod drain;
@@ -33,7 +34,7 @@ use rayless_net::{
 };
 use rayless_proto::{
     ids::{ClusterId, Incarnation},
-    limits::{DEAD_AFTER, DEFAULT_PORT},
+    limits::{DEAD_AFTER, DEFAULT_PORT, WAIT_REPORT_PERIOD},
     v1::control::{NodeInfo, Refusal, RefusalKind},
 };
 use std::{
@@ -270,7 +271,7 @@ async fn resolve(given: &str, wait: Duration, talk: &mut dyn FnMut(Talk)) -> Res
                 "no head at {text}: {cause}\nhint: give the head's IP address, or check the name with `getent hosts`"
             )));
         }
-        if told.is_none_or(|at| at.elapsed() >= Core::wait_report_period()) {
+        if told.is_none_or(|at| at.elapsed() >= WAIT_REPORT_PERIOD) {
             told = Some(Instant::now());
             let so_far = started.elapsed().as_secs();
             talk(Talk::Line(format!(

@@ -1,64 +1,21 @@
 //! What local clients ask for: answered here, or asked of the head under a number of this node's own.
 
-use super::{core::Core, event::ClientId};
+use super::{
+    asked::{Pending, Wants},
+    core::Core,
+    event::ClientId,
+};
 use rayless_proto::{
     BUILD,
-    ids::{PlacementGroupId, RequestId},
+    ids::RequestId,
     limits::MAX_CLIENT_BACKLOG,
     v1::{
-        control::{GroupSpec, Refusal, RefusalKind, ToHead, ToNode},
+        control::{Refusal, RefusalKind, ToHead, ToNode},
         local::{ClientMessage, ClientReply, ClientRequest, DaemonMessage, Identity},
         status::NodeState,
     },
 };
-use std::{
-    collections::BTreeSet,
-    time::{Duration, Instant},
-};
-use tokio::sync::mpsc;
-
-/// A connected command or driver.
-#[derive(Debug)]
-pub(crate) struct Client {
-    pid: u32,
-    /// `None` once it was given up: its connection closes when the writer sees that.
-    outbox: Option<mpsc::Sender<DaemonMessage>>,
-    /// Whether a group was placed for it: it then is told of nodes.
-    pub(crate) is_driver: bool,
-    /// Its placement groups: they go when it goes, for they have no process of their own that could end.
-    placement_groups: BTreeSet<PlacementGroupId>,
-}
-
-impl Client {
-    pub(crate) const fn new(pid: u32, outbox: mpsc::Sender<DaemonMessage>) -> Self {
-        Self { pid, outbox: Some(outbox), is_driver: false, placement_groups: BTreeSet::new() }
-    }
-
-    /// Closes its connection once what was answered is written.
-    pub(crate) fn close(&mut self) {
-        self.outbox = None;
-    }
-}
-
-/// A request that the head has not answered yet.
-#[derive(Debug)]
-pub(crate) struct Pending {
-    client: ClientId,
-    /// The client's own number for it.
-    request: RequestId,
-    wants: Wants,
-    since: Instant,
-    /// When the client was last told that there is no head.
-    told: Option<Instant>,
-}
-
-#[derive(Debug)]
-enum Wants {
-    /// Waits for a head if there is none.
-    Group(GroupSpec),
-    /// Needs a head now.
-    Now(ClientRequest),
-}
+use std::time::{Duration, Instant};
 
 impl Core {
     pub(crate) fn client_said(&mut self, client: ClientId, message: ClientMessage, now: Instant) {
@@ -276,39 +233,5 @@ impl Core {
             dead_after_ms: u64::try_from(self.dead_after.as_millis()).unwrap_or(u64::MAX),
             host_id: self.info.host_id.clone(),
         }
-    }
-}
-
-impl Pending {
-    /// The request as the head gets it; a launch has waited for part of its time already.
-    fn message(&self, request: RequestId, now: Instant) -> ToHead {
-        match &self.wants {
-            Wants::Group(spec) => {
-                let waited = u64::try_from(now.duration_since(self.since).as_millis()).unwrap_or(u64::MAX);
-                let spec = GroupSpec { wait_ms: spec.wait_ms.saturating_sub(waited), ..spec.clone() };
-                ToHead::CreateGroup { request, spec }
-            }
-            Wants::Now(ClientRequest::CreatePlacementGroup { name, bundles, strategy, wait_ms }) => {
-                ToHead::CreatePlacementGroup {
-                    request,
-                    name: name.clone(),
-                    bundles: bundles.clone(),
-                    strategy: *strategy,
-                    wait_ms: *wait_ms,
-                }
-            }
-            Wants::Now(ClientRequest::RemovePlacementGroup(id)) => ToHead::RemovePlacementGroup { request, id: *id },
-            Wants::Now(ClientRequest::StopGroup(group)) => ToHead::StopGroup { request, group: *group },
-            // `Identify`, `Stop` and `CreateGroup` never get here: see `client_said`.
-            Wants::Now(_) => ToHead::Status { request },
-        }
-    }
-
-    /// While there is no head: when to speak to the client again.
-    fn next_report(&self) -> Option<Instant> {
-        let Wants::Group(spec) = &self.wants else { return None };
-        let end = self.since + Duration::from_millis(spec.wait_ms);
-        let again = self.told.map_or(self.since, |told| told + Core::wait_report_period());
-        Some(again.min(end))
     }
 }

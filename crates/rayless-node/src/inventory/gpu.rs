@@ -10,6 +10,9 @@ use std::{collections::BTreeMap, env, ffi::OsStr, fs, path::Path};
 /// The name that a driver installs; the one without the version comes with development packages only.
 const LIBRARY: &str = "libnvidia-ml.so.1";
 
+/// Used memory in bytes, by GPU index.
+pub type Used = BTreeMap<u32, u64>;
+
 /// What NVML says.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Probe {
@@ -18,7 +21,7 @@ pub struct Probe {
     /// `driver` and `cuda` to version.
     pub versions: Vec<(String, String)>,
     /// Used memory of each GPU in bytes, by index.
-    pub used_bytes: BTreeMap<u32, u64>,
+    pub used_bytes: Used,
     /// What could not be found out, one line each.
     pub notes: Vec<String>,
 }
