@@ -52,7 +52,7 @@ pub(crate) fn run(run: &RunDir, join: Option<JoinOptions>, options: NodeOptions)
     let on_ready = |ready: &Ready| {
         if is_head {
             talk(format_args!("head {} is ready at {}; join from the other hosts with:", ready.name, ready.address));
-            data(join_line(&ready.address, &found.token, file.as_deref(), run));
+            data(join_line(&ready.address, &found.token, file.as_deref()));
         } else {
             talk(format_args!("{} ({}) has joined the cluster of {}", ready.name, ready.address, ready.head_address));
         }
@@ -94,16 +94,13 @@ fn child(run: &RunDir, join: Option<JoinOptions>, options: NodeOptions) -> Resul
 }
 
 /// What to type on another host. The token itself goes to a terminal only.
-fn join_line(address: &str, token: &Token, file: Option<&Path>, run: &RunDir) -> String {
+fn join_line(address: &str, token: &Token, file: Option<&Path>) -> String {
     if stdout().is_terminal() {
         return format!("RAYLESS_TOKEN={} rayless join {address}", token.expose());
     }
     match file {
         Some(path) => format!("rayless join {address} --token-file {}", path.display()),
-        None => {
-            tracing::debug!(run_dir = %run.path().display(), "the token came from the environment");
-            format!("rayless join {address}")
-        }
+        None => format!("rayless join {address}"),
     }
 }
 
@@ -118,7 +115,6 @@ fn config(
         None => fs::read_to_string("/proc/sys/kernel/hostname")
             .map_or_else(|_| "node".to_owned(), |name| name.trim().to_owned()),
     };
-    // The path as it is now: an upgrade in place must not make keepers of another build.
     let exe: PathBuf = std::env::current_exe()
         .map_err(|error| Failure::failed(format_args!("cannot find this program: {error}\nhint: is /proc mounted?")))?;
     Ok(DaemonConfig {
