@@ -271,10 +271,11 @@ class Stage:
         return left
 
     def states(self) -> dict[str, str]:
-        """Node name to state, as the head says; empty while there is none."""
-        with contextlib.suppress(RuntimeError, subprocess.TimeoutExpired):
+        """Node name to state, as the head says; while there is none, why."""
+        try:
             return {node["name"]: node["state"] for node in self.cluster.status(0)["nodes"]}
-        return {}
+        except (RuntimeError, subprocess.TimeoutExpired) as error:
+            return {"no status": str(error)}
 
     def events(self) -> list[str]:
         """The kinds of what happened in the cluster, oldest first."""
@@ -297,7 +298,7 @@ class Stage:
         deadline = time.monotonic() + timeout
         while not condition():
             if time.monotonic() > deadline:
-                raise Hang(f"it did not come to pass that {what}")
+                raise Hang(f"it did not come to pass that {what}: {self.states()}")
             time.sleep(0.003)
 
     def keep_logs(self, folder: Path) -> None:
