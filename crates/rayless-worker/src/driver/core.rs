@@ -606,7 +606,11 @@ impl Core {
         if self.peers[index].session.is_none() {
             return;
         }
-        // What it said before counts: `Failed` may have come with the reset.
+        // What this host's workers answered before counts.
+        self.collect();
+        if self.peers[index].session.is_none() {
+            return;
+        }
         self.close_session(index);
         let peer = &self.peers[index];
         let cause = match (peer.local, error) {
@@ -626,8 +630,19 @@ impl Core {
             let _ = epoll::delete(&self.hot, session.fd());
         }
         peer.outgoing.clear();
+        self.look_for_the_end();
+    }
+
+    /// Once the last session is gone nothing of the group is held on to, however long its handles live.
+    fn look_for_the_end(&mut self) {
         self.over = self.peers.iter().all(|peer| peer.session.is_none());
         self.changed |= self.over;
+        if self.over
+            && let Some(local) = self.local.take()
+        {
+            // Closing is not enough: the keeper has the same eventfd.
+            let _ = epoll::delete(&self.hot, &local.event);
+        }
     }
 
     /// The group is over by a fault: every pending and later call fails, all keepers are told to kill.
@@ -670,7 +685,7 @@ impl Core {
                 self.send_to(index);
             }
         }
-        self.over = self.peers.iter().all(|peer| peer.session.is_none());
+        self.look_for_the_end();
     }
 
     /// After the end: callbacks under way are done, then their thread ends.

@@ -206,6 +206,10 @@ impl Group {
             }
             Caller::Gone { id } => {
                 self.daemons.remove(&id);
+                if self.daemons.is_empty() {
+                    // Nobody would tell if what it said last no longer held.
+                    self.step.order(Order::Verdict(None));
+                }
             }
             Caller::Said { id, message: ToKeeper::Watch } => {
                 if let Some(daemon) = self.daemons.get(&id) {
@@ -223,7 +227,7 @@ impl Group {
             }
             Caller::Said { message: ToKeeper::NodeVerdict { node, state }, .. } => {
                 if node == self.config.driver_node {
-                    self.step.order(Order::Verdict(state));
+                    self.step.order(Order::Verdict(Some(state)));
                 }
             }
         }

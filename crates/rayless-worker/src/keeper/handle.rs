@@ -80,8 +80,9 @@ pub async fn spawn(exe: &Path, config: &KeeperConfig) -> Result<KeeperHandle, Ke
         Err(_) => return Err(KeeperError::NotStarted(format!("no word from it for {START:?}"))),
     };
     if line.trim_end() != super::READY {
-        let said = std::fs::read_to_string(&log_path).unwrap_or_default();
-        let last = said.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("it ended without a word");
+        let log = std::fs::read_to_string(&log_path).unwrap_or_default();
+        let said = [line.as_str(), &log].into_iter().flat_map(|text| text.lines().rev());
+        let last = said.map(str::trim).find(|line| !line.is_empty()).unwrap_or("it ended without a word");
         return Err(KeeperError::NotStarted(last.to_owned()));
     }
     adopt(&socket_path(config)).await

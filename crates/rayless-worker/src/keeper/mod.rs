@@ -57,6 +57,13 @@ pub enum KeeperError {
 /// # Errors
 /// Where it cannot start. After the start everything that goes wrong ends the group with a cause told to daemon and driver.
 pub fn run() -> Result<(), KeeperError> {
+    run_until_over().inspect_err(|error| {
+        // To the daemon that waits for a word: the log may be what could not be written.
+        let _ = writeln!(io::stdout(), "{error}");
+    })
+}
+
+fn run_until_over() -> Result<(), KeeperError> {
     let config = read_config()?;
     // Not of the daemon's session: what ends that one must not end this. Fails where it is so already.
     let _ = rustix::process::setsid();
@@ -75,7 +82,10 @@ pub fn run() -> Result<(), KeeperError> {
             what: format!("cannot bind {}", socket.display()),
             source: io::Error::other(error),
         })?;
-        write_pid(&config)?;
+        // For people only: on a full disk the group does without.
+        if let Err(error) = write_pid(&config) {
+            tracing::warn!("{error}");
+        }
         let cleared = config.clone();
         let result = serve(config, listener, log_dir).await;
         if result.is_err() {

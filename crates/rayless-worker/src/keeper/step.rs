@@ -54,7 +54,7 @@ pub(super) enum Order {
     /// A line of output.
     Log { rank: Rank, stderr: bool, text: String },
     /// What the head holds the driver's node for.
-    Verdict(NodeState),
+    Verdict(Option<NodeState>),
     /// Send what is queued, then end.
     Finish,
 }
@@ -254,7 +254,7 @@ impl Step {
                         self.hold = false;
                     }
                 }
-                Ok(Order::Verdict(state)) => self.verdict = Some(state),
+                Ok(Order::Verdict(state)) => self.verdict = state,
                 Ok(Order::Finish) | Err(TryRecvError::Disconnected) => return Err(Finished),
                 Err(TryRecvError::Empty) => return Ok(began),
             }
