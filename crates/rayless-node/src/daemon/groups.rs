@@ -109,8 +109,9 @@ impl Core {
                 keeper.used = used;
                 keeper.attach(*handle, self.events.clone());
                 let driver = keeper.held.driver_node;
-                let state = self.verdicts.get(&driver).map_or(NodeState::Alive, |(_, state)| *state);
-                keeper.verdict(driver, state);
+                // It was alive a moment ago. Kept, so that it can be withdrawn where the head falls silent.
+                let verdict = self.verdicts.entry(driver).or_insert_with(|| (driver.short(), NodeState::Alive));
+                keeper.verdict(driver, verdict.1);
                 if keeper.stopping.is_none() {
                     self.tell_head(ToHead::KeeperReady { group });
                 }
