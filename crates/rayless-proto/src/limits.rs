@@ -56,6 +56,9 @@ pub const OBSERVER_LATE: Duration = Duration::from_millis(300);
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a launch waits for nodes and GPUs; `--wait`.
 pub const WAIT: Duration = Duration::from_secs(600);
+/// How long a restarted head waits for the nodes that it remembers before it takes one for dead. Longer than `--dead-after`, for it
+/// was the head that was away: a node may take its connections' idle time to notice.
+pub const REJOIN_TIMEOUT: Duration = Duration::from_secs(60);
 /// Between two repeats of the need/have table of a waiting launch.
 pub const WAIT_REPORT_PERIOD: Duration = Duration::from_secs(10);
 /// How long a node may take to start a keeper before the launch fails: a process start, on a saturated machine.

@@ -18,18 +18,27 @@ use std::{
     time::Instant,
 };
 
+/// How a node comes to join.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Life {
+    /// As a new life of a node that was known.
+    pub(super) reborn: bool,
+    /// So that what it still runs has run all the time, even if it was taken for lost: its daemon was down, or the head was.
+    pub(super) vouches: bool,
+}
+
 impl Head {
-    pub(super) fn compare_books(&mut self, node: NodeId, reborn: bool, brought: &Brought, now: Instant) {
+    pub(super) fn compare_books(&mut self, node: NodeId, life: Life, brought: &Brought, now: Instant) {
         let Brought { held, ended, held_bundles } = brought;
         for (id, cause) in ended {
             // Said before, as a rule: then it changes nothing.
             self.on_group_ended(node, *id, cause, now);
         }
-        let start_again = self.drop_parts_not_held(node, reborn, held, now);
-        self.rebuild_pool(node, !reborn, now);
+        let start_again = self.drop_parts_not_held(node, life.reborn, held, now);
+        self.rebuild_pool(node, !life.reborn, now);
         self.adopt_bundles(node, held_bundles, now);
         for group in held {
-            self.adopt_group(node, reborn, group, now);
+            self.adopt_group(node, life, group, now);
         }
         for id in start_again {
             if self.groups.get(&id).is_some_and(|g| g.phase == Phase::Placing) {
@@ -152,7 +161,7 @@ impl Head {
         }
     }
 
-    fn adopt_group(&mut self, node: NodeId, reborn: bool, held: &HeldGroup, now: Instant) {
+    fn adopt_group(&mut self, node: NodeId, life: Life, held: &HeldGroup, now: Instant) {
         let id = held.group;
         if !self.groups.contains_key(&id) {
             let over = self.buried_groups.contains(&id);
@@ -182,8 +191,7 @@ impl Head {
             let name = self.node_name(node);
             let cause = format!("what node {name} still held for the group had been given to others");
             self.end_group(id, Phase::Failed, &cause, now);
-        } else if phase == Phase::Lost && reborn {
-            // Only its daemon was down: the group itself has run all the time.
+        } else if phase == Phase::Lost && life.vouches {
             self.revive(id, now);
         } else if phase == Phase::Lost {
             let cause = self.groups.get(&id).map(|g| g.cause.clone()).unwrap_or_default();
@@ -228,6 +236,6 @@ impl Head {
         group.phase = Phase::Placed;
         group.cause.clear();
         let title = group.title(id);
-        self.note("group-found", format!("group {title} still runs: only its node's daemon was down"), now);
+        self.note("group-found", format!("group {title} has run all the time"), now);
     }
 }

@@ -137,6 +137,7 @@ impl Head {
             }
             Input::Timer => {}
         }
+        self.check_awaited(now);
         self.check_deadlines(now);
         self.run_queue(now);
         self.settle_stops(now);
@@ -153,7 +154,8 @@ impl Head {
         let waits = self.queue.iter().map(|w| w.next_report.min(w.until));
         let stops = self.stops.iter().map(|s| s.until);
         let save = self.dirty.then(|| self.saved.map_or(self.started, |at| at + SAVE_PERIOD));
-        waits.chain(stops).chain(save).chain(self.next_part_deadline()).min()
+        let awaited = self.nodes.values().filter(|n| !n.is_gone()).filter_map(|n| n.awaited);
+        waits.chain(stops).chain(save).chain(awaited).chain(self.next_part_deadline()).min()
     }
 
     fn on_message(&mut self, session: SessionId, message: ToHead, now: Instant) {

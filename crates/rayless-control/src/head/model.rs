@@ -42,6 +42,9 @@ pub(super) struct Node {
     pub(super) pool: Pool,
     pub(super) heard: Option<Instant>,
     pub(super) rtt_us: u64,
+    /// Remembered by a restarted head and not heard of by it yet: taken for dead then. Such a death is only assumed, and
+    /// whoever comes back from it is not fenced.
+    pub(super) awaited: Option<Instant>,
     /// Why it is dead or left.
     pub(super) cause: String,
     /// When `state` became what it is.

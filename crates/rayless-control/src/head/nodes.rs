@@ -2,12 +2,13 @@
 
 use super::{
     Effect, Head,
+    adopt::Life,
     model::{Brought, Group, Node, Phase, Requester},
 };
 use crate::{SessionId, liveness::Transition, pool::Pool};
 use rayless_proto::{
     ids::{GroupId, Incarnation, NodeId},
-    limits::{MAX_GONE_NODES, MAX_NAME, MAX_RESOURCES},
+    limits::{MAX_GONE_NODES, MAX_NAME, MAX_RESOURCES, REJOIN_TIMEOUT},
     resources::{GPU, Quantity},
     v1::{
         control::{HeldGroup, NodeInfo, Refusal, RefusalKind, ToNode},
@@ -25,13 +26,14 @@ impl Head {
         }
         let (id, incarnation) = (info.id, info.incarnation);
         let known = self.nodes.get(&id).map(|n| (n.incarnation, n.state, n.cause.clone()));
+        let assumed = self.nodes.get(&id).is_some_and(|n| n.awaited.is_some());
         if let Some((present, state, cause)) = &known {
             if incarnation == *present && *state == NodeState::Left {
                 // A late join of a life that has left.
                 self.effects.push_back(Effect::Close { session });
                 return;
             }
-            if incarnation == *present && *state == NodeState::Dead && !self.any_lives(&brought.held) {
+            if incarnation == *present && *state == NodeState::Dead && !assumed && !self.any_lives(&brought.held) {
                 return self.fence(session, &info, &brought.held, cause.clone(), now);
             }
         }
@@ -55,7 +57,8 @@ impl Head {
             self.forget_requests(id, Some(incarnation), "its daemon was restarted before the group was placed", now);
         }
         self.doubt_requests(id, now);
-        self.compare_books(id, reborn, brought, now);
+        let life = Life { reborn, vouches: reborn || assumed };
+        self.compare_books(id, life, brought, now);
         if reborn {
             self.orphan_bundles(id, Some(incarnation));
         }
@@ -90,6 +93,7 @@ impl Head {
             pool: pool(),
             heard: None,
             rtt_us: 0,
+            awaited: None,
             cause: String::new(),
             since: now,
         });
@@ -101,6 +105,7 @@ impl Head {
         node.incarnation = incarnation;
         node.state = NodeState::Alive;
         node.heard = Some(now);
+        node.awaited = None;
         node.cause.clear();
         if let Some(old) = old_session {
             self.effects.push_back(Effect::Close { session: old });
@@ -201,6 +206,16 @@ impl Head {
         }
         self.shape += 1;
         self.send_verdicts(id);
+    }
+
+    /// Nodes that a restarted head remembers and that have not dialled in time.
+    pub(super) fn check_awaited(&mut self, now: Instant) {
+        let missing = |n: &Node| !n.is_gone() && n.awaited.is_some_and(|until| now >= until);
+        let missing: Vec<NodeId> = self.nodes.iter().filter(|(_, n)| missing(n)).map(|(id, _)| *id).collect();
+        for id in missing {
+            let cause = format!("it did not dial the restarted head within {} s", REJOIN_TIMEOUT.as_secs());
+            self.on_dead(id, cause, now);
+        }
     }
 
     fn on_dead(&mut self, id: NodeId, cause: String, now: Instant) {

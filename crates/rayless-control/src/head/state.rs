@@ -10,13 +10,14 @@
 //! what ended stays ended.
 
 use super::{
-    Effect, Head, HeadConfig,
+    Head, HeadConfig,
     model::{Bundle, Group, Keeper, Node, Part, Phase, PlacementGroup, Requester},
 };
 use crate::pool::Pool;
 use rayless_proto::{
     codec,
     ids::{ClusterId, GroupId, NodeId, PlacementGroupId},
+    limits::REJOIN_TIMEOUT,
     resources::{Allocation, Strategy},
     v1::{
         control::{NodeInfo, RankAllocation, WorkerState},
@@ -96,7 +97,12 @@ impl Head {
             nodes: self
                 .nodes
                 .values()
-                .map(|n| SavedNode { info: n.info.clone(), state: n.state, cause: n.cause.clone() })
+                .map(|n| SavedNode {
+                    info: n.info.clone(),
+                    // An assumed death is none for the next head either.
+                    state: if n.awaited.is_some() { NodeState::Suspect } else { n.state },
+                    cause: n.cause.clone(),
+                })
                 .collect(),
             groups: kept.map(|(id, g)| save_group(*id, g)).collect(),
             placement_groups: self.placement_groups.iter().map(|(id, p)| save_placement_group(*id, p)).collect(),
@@ -113,7 +119,7 @@ impl Head {
     }
 
     /// A head that goes on where the one before it was when it last saved. The cluster's id is the saved one. Nodes that were
-    /// alive are suspect until they dial, and dead if they do not in time.
+    /// alive are suspect until they dial, and taken for dead if they do not within [`REJOIN_TIMEOUT`].
     ///
     /// # Errors
     /// [`RestoreError`] for anything but a whole state file of this version.
@@ -153,13 +159,11 @@ impl Head {
             session: None,
             heard: None,
             rtt_us: 0,
+            awaited: was_here.then_some(now + REJOIN_TIMEOUT),
             cause: if was_here { "it has yet to dial the restarted head".into() } else { saved.cause },
             since: now,
         };
         self.nodes.insert(id, node);
-        if was_here && id != self.config.node {
-            self.effects.push_back(Effect::Watch { node: id, incarnation });
-        }
     }
 
     fn restore_placement_group(&mut self, saved: SavedPlacementGroup) {
