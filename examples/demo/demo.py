@@ -8,6 +8,7 @@ downloaded and its answer has no meaning. Everything is stopped and removed at t
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
@@ -43,19 +44,19 @@ def say(who: str, text: str) -> None:
 def milestones(log: Path) -> Callable[[float], None]:
     """Tells what is new in the log each time it is called; a line at least every 15 s, so that nobody takes it for hung."""
     seen: set[str] = set()
-    last = 0.0
+    last, newest = 0.0, ""
 
     def look(waited: float) -> None:
-        nonlocal last
+        nonlocal last, newest
         text = log.read_text(errors="replace")
         for pattern, meaning in MILESTONES:
             if meaning not in seen and re.search(pattern, text):
                 seen.add(meaning)
-                last = waited
+                last, newest = waited, meaning
                 say(f"{waited:.0f} s", meaning)
         if waited - last >= 15:
             last = waited
-            say(f"{waited:.0f} s", "… (vLLM imports and compiles; on two cores this takes about a minute)")
+            say(f"{waited:.0f} s", f"… still at work ({'vLLM loads its code' if not seen else 'after: ' + newest})")
 
     return look
 
@@ -69,14 +70,19 @@ def stages(status: dict[str, Any]) -> list[str]:
             continue
         for worker in sorted(group["workers"], key=lambda worker: int(worker["rank"])):
             node = nodes[worker["node"]]
-            lines.append(f"stage {worker['rank']} ran on {node['name']} ({node['address']}), process {worker['pid']}")
+            address = node["address"].rpartition(":")[0]
+            lines.append(f"stage {worker['rank']} ran on {node['name']} ({address}), process {worker['pid']}")
     return lines
 
 
 def main() -> int:
     """Runs the demo; 0 when the model answered."""
+    parser = argparse.ArgumentParser(description="two hosts, one token, one model in two stages")
+    parser.add_argument(
+        "--loopback", action="store_true", help="loopback addresses as hosts, even if namespaces are permitted"
+    )
     begin = time.monotonic()
-    reason = unavailable()
+    reason = "asked for" if parser.parse_args().loopback else unavailable()
     print("rayless demo: two hosts, one token, one model in two stages\n")
     say("model", "a Llama of 2.6 million random weights in four layers: it answers, but without meaning")
     model = tiny_models.ensure("llama")
