@@ -6,7 +6,7 @@
 //! ```text
 //! 0   4  length of what follows the header
 //! 4   1  kind
-//! 5   1  flags: bit 0 LAST (last fragment of its call or reply), bit 1 ERROR (reply: the method raised)
+//! 5   1  flags: bit 0 LAST (last fragment of its call or reply), bit 1 ERROR (reply: the method raised; log: from stderr)
 //! 6   2  reserved, zero
 //! 8   4  rank (reply, log) or 0
 //! 12  4  zero, or for the first fragment of a call the number of asked ranks that follow as u32s before the payload
