@@ -77,7 +77,7 @@ def generate(
     """Tokens of ``LLM(path, **options)`` for each (name, path, options), in one process, on a host if one is given."""
     command = [sys.executable, str(Path(__file__).parent / "generate.py"), json.dumps([PROMPTS, TOKENS, runs])]
     argv = host.argv(command) if host is not None else command
-    done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=900)
     answers = [line for line in done.stdout.splitlines() if line.startswith("TOKENS ")]
     if done.returncode != 0 or not answers:
         raise AssertionError(f"generate.py ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
