@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,6 +23,11 @@ import rayless
 from netns import hosts
 
 RAYLESS = shutil.which("rayless")
+
+
+def pytest_configure() -> None:
+    """SIGTERM ends the whole run in order, not only the test that it meets."""
+    signal.signal(signal.SIGTERM, lambda *_: pytest.exit("terminated", returncode=143))
 
 
 class Node:
@@ -139,21 +146,23 @@ def start(cluster: Cluster) -> Callable[..., rayless.WorkerGroup]:
 
 
 class Gate:
-    """Holds a rank inside a method until the test lets it go: no sleeps."""
+    """Holds ranks inside a method until the test lets them go: no sleeps. Who comes later passes."""
 
     def __init__(self, path: Path) -> None:
-        os.mkfifo(path)
         self.path = str(path)
+        self._file = path.open("w")
+        fcntl.flock(self._file, fcntl.LOCK_EX)
 
     def open(self) -> None:
-        """Lets one waiter go."""
-        with open(self.path, "w") as pipe:
-            pipe.write("go")
+        """Lets all go. Idempotent."""
+        self._file.close()
 
 
 @pytest.fixture
-def gate(tmp_path: Path) -> Gate:
-    return Gate(tmp_path / "gate")
+def gate(tmp_path: Path) -> Iterator[Gate]:
+    gate = Gate(tmp_path / "gate")
+    yield gate
+    gate.open()  # a test that failed must not leave ranks behind in it
 
 
 def gone(pids: list[int], within: float = 10) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import signal
 import sys
 import threading
 import time
@@ -46,8 +48,13 @@ class Plain:
         """Waits until the gate opens; on one rank only where a rank is given."""
         if rank is not None and rayless.get_runtime_context().rank != rank:
             return "passed"
-        with open(gate) as pipe:
-            return pipe.read()
+        pass_through(gate)
+        return "go"
+
+    def for_ever(self) -> None:
+        """Does not come back."""
+        while True:
+            signal.pause()
 
     def environ(self, *names: str) -> list[str | None]:
         return [os.environ.get(name) for name in names]
@@ -65,8 +72,7 @@ class Plain:
     def later(self, word: str, gate: str | None = None) -> rayless.Deferred[str]:
         def resolve() -> str:
             if gate is not None:
-                with open(gate) as pipe:
-                    pipe.read()
+                pass_through(gate)
             if word == "bad":
                 raise LookupError(word)
             return word
@@ -77,8 +83,7 @@ class Plain:
         """Raises on that rank, or on all; the others wait at the gate where there is one."""
         if rank is not None and rayless.get_runtime_context().rank != rank:
             if gate is not None:
-                with open(gate) as pipe:
-                    pipe.read()
+                pass_through(gate)
             return
         raise {
             "value": ValueError("no such value"),
@@ -115,6 +120,12 @@ class Broken:
     def __init__(self, rank: int) -> None:
         if rayless.get_runtime_context().rank == rank:
             raise ArithmeticError(f"not on rank {rank}")
+
+
+def pass_through(gate: str) -> None:
+    """Returns when the test has opened its gate."""
+    with open(gate) as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
 
 
 def seen_by(instance: Plain) -> list[Any]:

@@ -106,7 +106,7 @@ group.call("add")
         "os._exit(0)",
         "os.kill(os.getpid(), 9)",
         "raise RuntimeError",
-        "pending = group.call_async('through', '/dev/stdin', 0)",
+        "pending = group.call_async('for_ever')",
         "import threading; future = group.call_async('add'); future.add_done_callback(print)",
         "del group",
     ],
@@ -178,26 +178,25 @@ os.kill(os.getpid(), 9)
     assert ended
 
 
-def test_ctrl_c_gives_up_a_wait_and_leaves_the_group_usable(cluster: Cluster) -> None:
+def test_ctrl_c_gives_up_a_wait_and_leaves_the_group_usable(cluster: Cluster, gate: Gate) -> None:
     code = """
-import hosted, os, rayless, signal, sys, threading
+import hosted, rayless
 group = rayless.WorkerGroup.start(hosted.Plain, 2)
-gate = sys.argv[1]
-threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
 try:
-    group.call("through", gate, 0)
+    print("started", flush=True)
+    group.call("through", GATE, 0)
 except KeyboardInterrupt:
-    with open(gate, "w") as pipe: pipe.write("go")
+    print("interrupted", flush=True)
     print(group.call("add"))
 """
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "gate")
-        os.mkfifo(path)
-        driver = cluster.driver(code.replace("sys.argv[1]", repr(path)))
-        out, err = driver.communicate(timeout=60)
-        assert out.strip() == "[1, 1]", err
+    driver = cluster.driver(code.replace("GATE", repr(gate.path)))
+    assert driver.stdout is not None
+    assert driver.stdout.readline() == "started\n"
+    driver.send_signal(signal.SIGINT)
+    assert driver.stdout.readline() == "interrupted\n"
+    gate.open()
+    out, err = driver.communicate(timeout=60)
+    assert out.strip() == "[1, 1]", err
 
 
 def test_a_node_that_is_stopped_ends_the_groups_on_it(own_cluster: Cluster) -> None:
