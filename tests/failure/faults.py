@@ -28,6 +28,8 @@ class Fault:
     who: str
     #: What the line of cause must contain, one of them.
     line: tuple[str, ...] = ()
+    #: Seconds before which nobody may give up: the head vouches for the node.
+    not_before: float = 0.0
     #: Processes of the group that cannot end before the fault is undone (what is stopped, what is cut off).
     stays: tuple[str, ...] = ()
     moments: tuple[str, ...] = MOMENTS
@@ -122,6 +124,26 @@ def _keeper(host: str) -> Callable[[Stage], Process]:
     return lambda stage: stage.keeper(host)
 
 
+def _busy(stage: Stage) -> float:
+    stage.make_busy()
+    return time.monotonic()
+
+
+def _quiet(stage: Stage) -> float:
+    stage.make_quiet()
+    return time.monotonic()
+
+
+def _fill(stage: Stage) -> float:
+    stage.fill_disk()
+    return time.monotonic()
+
+
+def _empty(stage: Stage) -> float:
+    stage.empty_disk()
+    return time.monotonic()
+
+
 KILL, STOP, CONT = signal.SIGKILL, signal.SIGSTOP, signal.SIGCONT
 ON_A = ("keeper@a", "worker@a")
 ON_B = ("keeper@b", "worker@b")
@@ -206,6 +228,7 @@ FAULTS = [
         "ends",
         "the driver (silence)",
         stays=ON_A,
+        not_before=8.0,
         repeats=5,
     ),
     Fault(
@@ -216,6 +239,7 @@ FAULTS = [
         "ends",
         "the driver (silence)",
         stays=ON_B,
+        not_before=8.0,
         repeats=5,
     ),
     Fault(
@@ -356,5 +380,25 @@ FAULTS = [
         "driver and keeper, each by silence, once something long is sent",
         moments=("call",),
         repeats=5,
+    ),
+    Fault(
+        "busy",
+        "every core saturated (eight busy loops a core, at normal priority)",
+        _busy,
+        _quiet,
+        "lives",
+        "nobody",
+        repeats=1,
+        lasts=120,
+    ),
+    Fault(
+        "disk-full",
+        "the file system of the other host's run dir is full",
+        _fill,
+        _empty,
+        "lives",
+        "nobody",
+        repeats=3,
+        quick=("start",),
     ),
 ]

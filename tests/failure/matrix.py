@@ -20,7 +20,8 @@ from faults import FAULTS, Fault
 from stage import HANG, Hang, Stage
 
 RESULTS = Path("docs", "failure-matrix.json")
-WIRE = ("cut", "loss", "delay", "flap", "mtu")
+#: Faults that are there before a group starts under them, and in which no node may be taken for dead.
+AROUND = ("loss", "delay", "flap", "busy", "disk")
 
 
 @dataclass
@@ -84,6 +85,8 @@ def _ends(stage: Stage, fault: Fault, moment: str, cell: Cell) -> None:
     of_driver = fault.name.startswith("driver")
     if not of_driver:
         cell.told(stage.driver.wait(told), since)
+        if cell.told_ms[-1] < 1000 * fault.not_before:
+            cell.problems.append(f"given up after {cell.told_ms[-1] / 1000:.1f} s, while the head vouched for the node")
     _note_gone(stage, fault, cell, since)
     undone = fault.undo(stage)
     if fault.name == "driver-stop":
@@ -139,10 +142,10 @@ def _one_call(stage: Stage) -> None:
 
 
 def _lives(stage: Stage, fault: Fault, moment: str, cell: Cell) -> None:
-    on_wire = fault.name.startswith(WIRE)
+    around = fault.name.startswith(AROUND)
     before = len(stage.events())
     since = time.monotonic()
-    if moment == "start" and on_wire:
+    if moment == "start" and around:
         fault.inject(stage)
         stage.start()
         cell.start_ms.append(1000 * (stage.group["time"] - since))
@@ -156,7 +159,7 @@ def _lives(stage: Stage, fault: Fault, moment: str, cell: Cell) -> None:
         fault.inject(stage)
     time.sleep(fault.lasts)
     undone = fault.undo(stage)
-    if moment == "start" and not on_wire:
+    if moment == "start" and not around:
         stage.go()
         stage.group = stage.driver.wait("started")
         if not stage.group["ok"]:
@@ -177,7 +180,7 @@ def _lives(stage: Stage, fault: Fault, moment: str, cell: Cell) -> None:
         cell.back_ms.append(1000 * (time.monotonic() - undone))
     if failed := stage.driver.seen("failed"):
         cell.problems.append(f"the group failed: {failed['line']}")
-    if on_wire and "node-dead" in stage.events()[before:]:
+    if around and "node-dead" in stage.events()[before:]:
         cell.problems.append("a node was declared dead")
     stage.driver.ask("stop", "stopped")
     _, left = stage.group_gone(time.monotonic())

@@ -139,6 +139,7 @@ class Stage:
         try:
             self.a, self.b, self.wire = self._exit.enter_context(wired_hosts(seed=seed))
             self.cluster = self._exit.enter_context(Cluster([self.a, self.b], cpus=cpus))
+            self._small_disk()
             self.cluster.head(0)
             self.cluster.join(1)
             self.cluster.wait_alive(2)
@@ -148,6 +149,7 @@ class Stage:
         except BaseException:
             self._exit.close()
             raise
+        self._busy: list[subprocess.Popen[bytes]] = []
         self.group: Event = {}
         self.processes: list[Process] = []
         self.ports = self.listening()
@@ -227,6 +229,37 @@ class Stage:
 
     def _new_driver(self) -> Driver:
         return Driver(self.a, self.cluster.environment(0), self.cluster.base / "driver.log")
+
+    # --- the machines ---
+
+    def make_busy(self) -> None:
+        """Starts eight busy loops a core."""
+        count = 8 * (os.cpu_count() or 1)
+        self._busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+
+    def make_quiet(self) -> None:
+        """Ends them."""
+        for each in self._busy:
+            each.kill()
+        for each in self._busy:
+            each.wait()
+        self._busy = []
+
+    def _small_disk(self) -> None:
+        """Gives host b's run dir a file system of its own, so that it can be filled."""
+        run_dir = self.cluster.run_dir(1)
+        run_dir.mkdir(mode=0o700)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m,mode=0700", "rayless-test", run_dir], check=True)
+        self._exit.callback(subprocess.run, ["umount", "--lazy", str(run_dir)], check=False)
+
+    def fill_disk(self) -> None:
+        """Leaves no byte free in host b's run dir."""
+        with (self.cluster.run_dir(1) / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
+            while filler.write(bytes(4096)):
+                pass
+
+    def empty_disk(self) -> None:
+        (self.cluster.run_dir(1) / "filler").unlink(missing_ok=True)
 
     # --- what is observed ---
 
@@ -313,7 +346,10 @@ class Stage:
             process.signal(signal.SIGCONT)
             process.close()
         self.processes = []
+        self.make_quiet()
         self.driver.close()
+        # While its run dir can still be found by name.
+        self.b.run([self.cluster.rayless, "stop", "--run-dir", str(self.cluster.run_dir(1))], check=False)
         self._exit.close()
 
     def __enter__(self) -> Stage:
