@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import concurrent.futures
 import pickle
-from types import SimpleNamespace
+import subprocess
+import sys
+from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -274,3 +276,20 @@ class TestReplies:
             executor.collective_rpc("check_health")
         executor.register_failure_callback(lambda: told.append("late"))
         assert told == ["first", "late"]
+
+
+def test_a_configuration_of_remote_code_travels_with_its_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    """--trust-remote-code makes classes in `transformers_modules`, which no other process can import."""
+    from rayless.vllm.executor import _pickled_config
+
+    module = ModuleType("transformers_modules")
+    exec(
+        "class RemoteConfig:\n    hidden_size = 0\n    def doubled(self):\n        return 2 * self.hidden_size",
+        module.__dict__,
+    )
+    monkeypatch.setitem(sys.modules, "transformers_modules", module)
+    config = module.RemoteConfig()
+    config.hidden_size = 21
+    elsewhere = "import pickle, sys; print(pickle.load(sys.stdin.buffer).doubled())"
+    done = subprocess.run([sys.executable, "-c", elsewhere], input=_pickled_config(config), capture_output=True)
+    assert done.stdout.strip() == b"42", done.stderr.decode()
