@@ -41,6 +41,13 @@ def _boot(blob: bytes) -> None:
     sys.argv[:] = boot["argv"]
 
 
+def _show_gpus(hosted: Any) -> None:
+    """Lets CUDA see this rank's GPUs only, as Ray does. Left alone: a value given by ``env=``, and classes that choose devices themselves."""
+    gpus = os.environ.get("RAYLESS_GPU_IDS")
+    if gpus and not getattr(hosted, "rayless_chooses_gpus", False):
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", gpus)
+
+
 class Host:
     """The instance and the loop around it."""
 
@@ -81,6 +88,7 @@ class Host:
             return getattr(self._instance, method)(*args, **kwargs)
         if method is None:
             hosted, hosted_args = args
+            _show_gpus(hosted)
             self._instance = hosted(*hosted_args, **kwargs)
             return None
         return method(self._instance, *args, **kwargs)

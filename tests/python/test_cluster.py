@@ -77,6 +77,21 @@ def test_nodes_and_resources_have_rays_shape(cluster: Cluster) -> None:
     assert rayless.get_runtime_context().get_node_id() == by_name["a"]["NodeID"]
 
 
+def test_a_rank_sees_its_gpus_only(cluster: Cluster, start: Callable[..., rayless.WorkerGroup]) -> None:
+    def visible(_: object) -> str | None:
+        import os
+
+        return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+    group = start(hosted.Plain, 2, bundles={"GPU": 2})
+    assert group.call(visible) == [",".join(map(str, info.gpus)) for info in group.ranks]
+    group.stop()
+    by_hand = start(hosted.Plain, 1, bundles={"GPU": 1}, env={"CUDA_VISIBLE_DEVICES": "7"})
+    assert by_hand.call(visible) == ["7"]
+    by_hand.stop()
+    assert start(hosted.Plain, 1, bundles={"CPU": 1}).call(visible) == [None]
+
+
 def test_fractions_of_a_gpu(cluster: Cluster, start: Callable[..., rayless.WorkerGroup]) -> None:
     group = start(hosted.Plain, 4, bundles={"GPU": 0.5, "CPU": 0.25}, strategy="STRICT_PACK")
     assert [info.gpus for info in group.ranks] == [[0], [0], [1], [1]] or sorted(

@@ -122,7 +122,7 @@ fn node_options(found: &ArgMatches) -> NodeOptions {
             shm_min_mib: found.get_one::<u64>(knobs::SHM_MIN.flag).copied(),
         },
         // `head` has a default here; `join` takes the cluster's unless told otherwise.
-        dead_after: found.try_get_one::<Duration>(knobs::DEAD_AFTER.flag).ok().flatten().copied(),
+        dead_after: found.get_one::<Duration>(knobs::DEAD_AFTER.flag).copied(),
         host_id: text(found, knobs::HOST_ID.flag),
         background: found.get_flag("daemon"),
         child: found.get_flag("daemon-child"),
@@ -146,7 +146,12 @@ fn command() -> Command {
         .subcommand(
             node_command("join", "Join this host to the cluster of a head, now or as soon as it is there")
                 .arg(Arg::new("address").value_name("ADDRESS").required(true).help("Head, as HOST[:PORT]"))
-                .arg(arg(&knobs::WAIT, ValueParser::new(seconds))),
+                .arg(arg(&knobs::WAIT, ValueParser::new(seconds)))
+                .arg(
+                    arg(&knobs::DEAD_AFTER, ValueParser::new(dead_after)).default_value(None::<&str>).help(
+                        "Silence that this node bears, of the head and of drivers [default: the head's value] (s)",
+                    ),
+                ),
         )
         .subcommand(
             Command::new("status")

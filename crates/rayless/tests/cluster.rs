@@ -218,6 +218,20 @@ fn a_node_that_was_frozen_beyond_the_limit_is_dead_and_then_fenced() {
 }
 
 #[test]
+fn a_node_may_bear_the_silence_of_the_head_for_less_time_than_the_head_bears_its() {
+    let cluster = Cluster::new();
+    let [a, b] = [Host::new(&cluster), Host::new(&cluster)];
+    let (head, address) = a.head(&["--name", "a", "--dead-after", "3600"]);
+    let mut node_b = b.start(&["join", &address, "--name", "b", "--dead-after", "1"]);
+    node_b.says("has joined");
+    head.signal(Signal::STOP);
+    // Were the head's hour in force here, this would never be said.
+    node_b.says("lost the head");
+    head.signal(Signal::CONT);
+    a.await_nodes(&[("b", "alive")]);
+}
+
+#[test]
 fn two_clusters_side_by_side_do_not_meet() {
     let clusters = [Cluster::new(), Cluster::new()];
     let hosts = clusters.each_ref().map(|cluster| [Host::new(cluster), Host::new(cluster)]);

@@ -30,6 +30,9 @@ SHARED_MEMORY = Path("/dev/shm")
 class Worker:
     """One rank of an engine."""
 
+    #: vLLM picks its device out of all of the node's, by the configuration or by a variable set in :meth:`boot`.
+    rayless_chooses_gpus = True
+
     def __init__(self, config: bytes, on_cpu: bool) -> None:
         self._config_bytes = config
         self._on_cpu = on_cpu

@@ -46,6 +46,8 @@ pub(crate) struct Core {
     /// Whether GPUs come from NVML, so that their memory can be watched.
     pub(crate) gpus_measured: bool,
     pub(crate) dead_after: Duration,
+    /// `--dead-after` of this node: how long *it* bears silence, whatever the cluster's value.
+    pub(crate) own_dead_after: Option<Duration>,
     /// The head as the user named it; empty on the head.
     pub(crate) head_address: String,
     /// IP address of the head as this node dials it.
@@ -204,8 +206,8 @@ impl Core {
                 (None, _) => self.wire.hang_up(session),
             },
             member::Effect::Welcomed { head, your_address, dead_after, first, .. } => {
-                self.dead_after = dead_after;
-                self.wire.welcomed(head, dead_after);
+                self.dead_after = self.own_dead_after.unwrap_or(dead_after);
+                self.wire.welcomed(head, self.dead_after);
                 tracing::info!(head = %head.short(), your_address, "member of the cluster");
                 self.wait = None;
                 self.tell_what_is_here();

@@ -69,7 +69,8 @@ pub struct DaemonConfig {
     pub name: String,
     /// `--gpus`, `--cpus`, `--resource`, `--shm-min`
     pub wishes: Wishes,
-    /// `--dead-after`; on a node that is not the head the cluster's counts.
+    /// `--dead-after`. The head's is the cluster's: it judges nodes by it. A node's own says how long it bears silence of the head, and its
+    /// keepers that of their drivers.
     pub dead_after: Option<Duration>,
     /// `--host-id`
     pub host_id: Option<String>,
@@ -223,6 +224,7 @@ async fn start(config: DaemonConfig, lock: RunDirLock, talk: &mut dyn FnMut(Talk
         identity,
         gpus_measured: gpu::has_driver() && !inventory.gpus.is_empty(),
         dead_after,
+        own_dead_after: config.dead_after,
         head_address: head_text,
         head_ip: head_address.map_or_else(|| info.address.clone(), |address| address.ip().to_string()),
         info,
