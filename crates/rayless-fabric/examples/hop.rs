@@ -5,7 +5,10 @@
 //! payload) plus two copies for shared memory. Prints microseconds (p50, p99) and GB/s.
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
-use rayless_fabric::{Acceptor, DType, Extra, LinkConfig, LinkName, RecvLink, SendLink, TensorRef, TensorSpec, Ticket, Wait, greet_tcp, greet_unix, shm, tcp};
+use rayless_fabric::{
+    Acceptor, DType, Extra, LinkConfig, LinkName, RecvLink, SendLink, TensorRef, TensorSpec, Ticket, Wait, greet_tcp,
+    greet_unix, shm, tcp,
+};
 use rayless_proto::ids::GroupId;
 use std::{
     io::{Read, Write},
@@ -70,7 +73,12 @@ fn recv(link: &mut RecvLink, data: &mut [u8]) {
 fn report(what: &str, bytes: usize, mut round_trips: Vec<Duration>) {
     round_trips.sort_unstable();
     let at = |q: f64| round_trips[((round_trips.len() - 1) as f64 * q) as usize].as_secs_f64() / 2.0 * 1e6;
-    println!("{what:34} {bytes:>10} B  p50 {:8.1}  p99 {:8.1} us  {:6.2} GB/s", at(0.5), at(0.99), bytes as f64 / at(0.5) / 1e3);
+    println!(
+        "{what:34} {bytes:>10} B  p50 {:8.1}  p99 {:8.1} us  {:6.2} GB/s",
+        at(0.5),
+        at(0.99),
+        bytes as f64 / at(0.5) / 1e3
+    );
 }
 
 fn links(what: &str, bytes: usize, rounds: usize, there: (SendLink, RecvLink), back: (SendLink, RecvLink)) {
@@ -152,7 +160,11 @@ fn raw_stream(bytes: usize, rounds: usize) {
         let start = Instant::now();
         (1..rounds).for_each(|_| far.read_exact(&mut data).unwrap());
         let seconds = start.elapsed().as_secs_f64();
-        println!("{:34} {bytes:>10} B  stream {:6.2} GB/s", "raw TCP", bytes as f64 * (rounds - 1) as f64 / seconds / 1e9);
+        println!(
+            "{:34} {bytes:>10} B  stream {:6.2} GB/s",
+            "raw TCP",
+            bytes as f64 * (rounds - 1) as f64 / seconds / 1e9
+        );
     });
 }
 
@@ -178,11 +190,29 @@ fn main() {
         let n = rounds(bytes);
         raw_tcp(bytes, n);
         links("tcp, 1 stream, no spin", bytes, n, open_tcp(0, 1, &sleeping), open_tcp(1, 1, &sleeping));
-        links("tcp, 1 stream, default", bytes, n, open_tcp(0, 1, &LinkConfig::default()), open_tcp(1, 1, &LinkConfig::default()));
-        links("tcp, 4 streams, default", bytes, n, open_tcp(0, 4, &LinkConfig::default()), open_tcp(1, 4, &LinkConfig::default()));
+        links(
+            "tcp, 1 stream, default",
+            bytes,
+            n,
+            open_tcp(0, 1, &LinkConfig::default()),
+            open_tcp(1, 1, &LinkConfig::default()),
+        );
+        links(
+            "tcp, 4 streams, default",
+            bytes,
+            n,
+            open_tcp(0, 4, &LinkConfig::default()),
+            open_tcp(1, 4, &LinkConfig::default()),
+        );
         memcpy(bytes, n);
         links("shm, no payload, no spin", 0, n, open_shm(0, &sleeping), open_shm(1, &sleeping));
-        links("shm, no payload, default", 0, n, open_shm(0, &LinkConfig::default()), open_shm(1, &LinkConfig::default()));
+        links(
+            "shm, no payload, default",
+            0,
+            n,
+            open_shm(0, &LinkConfig::default()),
+            open_shm(1, &LinkConfig::default()),
+        );
         links("shm, no spin", bytes, n, open_shm(0, &sleeping), open_shm(1, &sleeping));
         links("shm, default", bytes, n, open_shm(0, &LinkConfig::default()), open_shm(1, &LinkConfig::default()));
     }

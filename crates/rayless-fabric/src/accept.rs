@@ -5,10 +5,12 @@ use crate::{
     error::EstablishError,
     greeting::{Answer, Context, GREETING, Greeting, HandshakeIo, read_exact, write_all},
     name::{LinkName, Ticket},
+    rdma,
     recv::RecvLink,
     shm, tcp,
     transport::Level,
 };
+use rayless_verbs::{Request, VerbsError};
 use rustix::fd::{AsFd, OwnedFd};
 use std::{
     collections::HashMap,
@@ -28,6 +30,7 @@ pub struct Greeted {
 enum Carrier {
     Tcp(TcpStream),
     Unix(UnixStream, OwnedFd),
+    Rdma(Request),
 }
 
 impl Greeted {
@@ -36,12 +39,19 @@ impl Greeted {
         self.greeting.name
     }
 
-    fn answer(&self, answer: &Answer, within: Duration) -> Result<(), HandshakeIo> {
+    /// Refuses. The peer may be gone already; the caller gets the reason either way.
+    fn refuse(self, reason: &str, within: Duration) {
         let fd = match &self.carrier {
             Carrier::Tcp(stream) => stream.as_fd(),
             Carrier::Unix(stream, _) => stream.as_fd(),
+            Carrier::Rdma(_) => {
+                if let Carrier::Rdma(request) = self.carrier {
+                    request.reject(reason);
+                }
+                return;
+            }
         };
-        write_all(fd, &answer.encode(), Instant::now() + within)
+        let _ = write_all(fd, &Answer::Refused(reason.to_owned()).encode(), Instant::now() + within);
     }
 }
 
@@ -87,6 +97,16 @@ pub fn greet_unix(stream: UnixStream, within: Duration) -> Result<Greeted, Greet
     Ok(Greeted { greeting, carrier: Carrier::Unix(stream, memory) })
 }
 
+/// Waits for a peer that asks for a link over RDMA. One that says something else is refused here.
+pub fn greet_rdma(listener: &mut rayless_verbs::Listener, within: Duration) -> Result<Greeted, GreetError> {
+    match rdma::greet(listener, Instant::now() + within) {
+        Ok(Some((greeting, request))) => Ok(Greeted { greeting, carrier: Carrier::Rdma(request) }),
+        Ok(None) => Err(GreetError::Malformed),
+        Err(VerbsError::TimedOut { .. }) => Err(GreetError::TimedOut(within)),
+        Err(error) => Err(GreetError::Broken(error.to_string())),
+    }
+}
+
 /// Knows the links that are expected and builds each when all of its streams are there.
 #[derive(Debug, Default)]
 pub struct Acceptor {
@@ -128,17 +148,22 @@ impl Acceptor {
             Some(expected) => greeted.greeting.misfit(&expected.ticket, &expected.config).or_else(|| {
                 let taken = expected.streams.get(usize::from(index)).is_some_and(Option::is_some);
                 let other_count = !expected.streams.is_empty() && expected.streams.len() != usize::from(count);
-                (taken || other_count).then(|| format!("stream {index} of {count} does not fit the streams that came before"))
+                (taken || other_count)
+                    .then(|| format!("stream {index} of {count} does not fit the streams that came before"))
             }),
         };
         if let Some(reason) = misfit {
-            // The peer may be gone; the caller gets the reason either way.
-            let _ = greeted.answer(&Answer::Refused(reason.clone()), config.handshake);
+            greeted.refuse(&reason, config.handshake);
             return Err(context.refused(reason));
         }
         let stream = match greeted.carrier {
             Carrier::Unix(stream, memory) => {
                 let link = shm::accept(&context, config, stream, memory)?;
+                self.expected.remove(&name);
+                return Ok(Some(link));
+            }
+            Carrier::Rdma(request) => {
+                let link = rdma::accept(&context, config, request)?;
                 self.expected.remove(&name);
                 return Ok(Some(link));
             }

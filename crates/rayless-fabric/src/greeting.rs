@@ -175,6 +175,14 @@ impl Context {
         Self { link, level, max_message: config.max_message, within, deadline: Instant::now() + within }
     }
 
+    pub(crate) const fn deadline(&self) -> Instant {
+        self.deadline
+    }
+
+    pub(crate) const fn timed_out(&self) -> EstablishError {
+        EstablishError::TimedOut { link: self.link, transport: self.level.name(), within: self.within }
+    }
+
     pub(crate) fn refused(&self, reason: String) -> EstablishError {
         EstablishError::Refused { link: self.link, transport: self.level.name(), reason }
     }
@@ -185,11 +193,7 @@ impl Context {
 
     fn io_failed(&self, call: &str, error: HandshakeIo) -> EstablishError {
         match error {
-            HandshakeIo::TimedOut => EstablishError::TimedOut {
-                link: self.link,
-                transport: self.level.name(),
-                within: self.within,
-            },
+            HandshakeIo::TimedOut => self.timed_out(),
             HandshakeIo::Eof => self.failed(call, "the peer closed the connection"),
             HandshakeIo::Errno(errno) => self.failed(call, errno),
         }

@@ -85,8 +85,15 @@ mod tests {
 
     #[test]
     fn a_header_reads_back_and_no_changed_bit_passes() {
-        let header =
-            Header { kind: Kind::Data, sequence: 41, tag: u64::MAX, payload: 1 << 28, slot: 63, schema: 185, checksum: true };
+        let header = Header {
+            kind: Kind::Data,
+            sequence: 41,
+            tag: u64::MAX,
+            payload: 1 << 28,
+            slot: 63,
+            schema: 185,
+            checksum: true,
+        };
         let bytes = header.encode();
         assert_eq!(Header::decode(&bytes), Some(header));
         for bit in 0..HEADER * 8 {

@@ -6,7 +6,7 @@
 //! 2. [`TensorRef`], [`Schema`], [`DType`]: what a message is. Its description crosses the link once and is cached.
 //! 3. [`SendLink`] and [`RecvLink`]: the calls. [`Wait`] and [`Cancel`] bound them. Nothing here has a thread of its own but [`SendQueue`].
 //! 4. [`SendError`], [`RecvError`]: what is still usable after what.
-//! 5. [`transport`]: what moves the bytes, in ordered [`Level`]s: [`shm`], [`tcp`]. [`select`] picks one and keeps the reasons.
+//! 5. [`transport`]: what moves the bytes, in ordered [`Level`]s: [`shm`], [`rdma`], [`tcp`]. [`select`] picks one and keeps the reasons.
 //! 6. [`Acceptor`]: how the receiving end of each is opened.
 //!
 //! # What holds
@@ -33,6 +33,7 @@ mod header;
 mod name;
 mod probe;
 mod queue;
+pub mod rdma;
 mod recv;
 mod scatter;
 pub mod select;
@@ -44,7 +45,7 @@ pub mod transport;
 mod wait;
 mod wake;
 
-pub use accept::{Acceptor, GreetError, Greeted, greet_tcp, greet_unix};
+pub use accept::{Acceptor, GreetError, Greeted, greet_rdma, greet_tcp, greet_unix};
 pub use config::LinkConfig;
 pub use dtype::{DType, DTypeSet, UnknownDType};
 pub use error::{EstablishError, Lost, LostKind, RecvError, Rejected, RejectedKind, SendError, TransportError};

@@ -2,8 +2,8 @@
 
 use crate::{name::LinkName, transport::Level};
 use std::{
-    sync::atomic::{AtomicU8, AtomicU64, Ordering},
     fmt,
+    sync::atomic::{AtomicU8, AtomicU64, Ordering},
 };
 
 /// What an end of a link is doing.

@@ -96,7 +96,10 @@ impl SendQueue {
             limits: link.limits(),
             cancel: link.canceller(),
             probe: link.probe(),
-            shared: Arc::new(Shared { state: Mutex::new(State { link: Some(link), ..state }), changed: Condvar::new() }),
+            shared: Arc::new(Shared {
+                state: Mutex::new(State { link: Some(link), ..state }),
+                changed: Condvar::new(),
+            }),
             thread: None,
         }
     }

@@ -82,6 +82,11 @@ impl RecvLink {
         self.transport.level()
     }
 
+    /// The RDMA device in use.
+    pub fn device(&self) -> Option<&str> {
+        self.transport.device()
+    }
+
     /// A view for other threads.
     pub fn probe(&self) -> Arc<Probe> {
         Arc::clone(&self.probe)
@@ -115,7 +120,10 @@ impl RecvLink {
             }
         };
         if let Some(step) = step.filter(|step| *step != header.tag) {
-            let cause = format!("rank {} is at step {step}, but rank {} sent step {}", self.name.to, self.name.from, header.tag);
+            let cause = format!(
+                "rank {} is at step {step}, but rank {} sent step {}",
+                self.name.to, self.name.from, header.tag
+            );
             return Err(self.lose(TransportError { kind: LostKind::Crossed, cause }));
         }
         Ok(Announced { sequence: header.sequence, tag: header.tag, schema })
@@ -133,9 +141,8 @@ impl RecvLink {
         let tail: &mut [u8] = if header.checksum { &mut trailer } else { &mut [] };
         let mut body = ScatterMut::with_tail(parts, tail);
         let len = body.len();
-        let stopped = self.pump(wait, |link| {
-            link.transport.read_body(&mut body, &mut filled).map_err(|e| link.lose(e))
-        });
+        let stopped =
+            self.pump(wait, |link| link.transport.read_body(&mut body, &mut filled).map_err(|e| link.lose(e)));
         match stopped {
             Ok(()) => {}
             Err(RecvError::Stopped { stop, .. }) if filled > 0 => {
@@ -186,12 +193,14 @@ impl RecvLink {
             }
         };
         if parts.len() != schema.tensors.len() {
-            let reason = format!("the message has {} tensors, but {} buffers were given", schema.tensors.len(), parts.len());
+            let reason =
+                format!("the message has {} tensors, but {} buffers were given", schema.tensors.len(), parts.len());
             return rejected(RejectedKind::Mismatch, reason);
         }
         for (part, tensor) in parts.iter().zip(&schema.tensors) {
             if part.len() as u64 != tensor.bytes {
-                let reason = format!("tensor `{}` has {} bytes, but its buffer has {}", tensor.name, tensor.bytes, part.len());
+                let reason =
+                    format!("tensor `{}` has {} bytes, but its buffer has {}", tensor.name, tensor.bytes, part.len());
                 return rejected(RejectedKind::Mismatch, reason);
             }
         }
@@ -253,7 +262,8 @@ impl RecvLink {
             return Ok(false);
         }
         self.filled = 0;
-        let schema = Schema::decode(&self.schema).map(Arc::new).filter(|s| self.schemas.keep(header.slot, Arc::clone(s)));
+        let schema =
+            Schema::decode(&self.schema).map(Arc::new).filter(|s| self.schemas.keep(header.slot, Arc::clone(s)));
         let Some(schema) = schema else {
             return Err(self.lose(TransportError {
                 kind: LostKind::Corrupt,
@@ -286,7 +296,8 @@ impl RecvLink {
 
     fn announce(&mut self, header: Header, schema: Arc<Schema>) -> Result<bool, RecvError> {
         if schema.payload_bytes() != header.payload {
-            let cause = format!("a payload of {} bytes for tensors of {} bytes", header.payload, schema.payload_bytes());
+            let cause =
+                format!("a payload of {} bytes for tensors of {} bytes", header.payload, schema.payload_bytes());
             return Err(self.lose(TransportError { kind: LostKind::Corrupt, cause }));
         }
         self.state = State::Payload(header, schema);
@@ -386,7 +397,10 @@ mod tests {
         Header { kind: Kind::Data, sequence: 0, tag: 0, payload: 4, slot: 0, schema: 15, checksum: false };
 
     fn schema() -> Vec<u8> {
-        use crate::{dtype::{DType, DTypeSet}, tensor::{PeerLimits, TensorSpec, encode}};
+        use crate::{
+            dtype::{DType, DTypeSet},
+            tensor::{PeerLimits, TensorSpec, encode},
+        };
         let spec = TensorSpec { name: "x", dtype: DType::U8, shape: &[4], strides: None };
         let limits = PeerLimits { dtypes: DTypeSet::ALL, max_message: 4 };
         let mut out = Vec::new();

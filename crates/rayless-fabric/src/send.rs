@@ -38,9 +38,14 @@ pub struct SendLink {
 enum State {
     Idle,
     /// A message has begun: `begin` was called and `advance` has not returned true.
-    Begun { payload: u64, slot: Slot },
+    Begun {
+        payload: u64,
+        slot: Slot,
+    },
     /// Header sent by `send_header`; the payload is owed.
-    Owing { payload: u64 },
+    Owing {
+        payload: u64,
+    },
     Closed,
     Lost(Lost),
 }
@@ -72,6 +77,11 @@ impl SendLink {
     /// The transport.
     pub fn level(&self) -> Level {
         self.transport.level()
+    }
+
+    /// The RDMA device in use.
+    pub fn device(&self) -> Option<&str> {
+        self.transport.device()
     }
 
     /// A view for other threads.
@@ -312,8 +322,15 @@ impl SendLink {
     /// The last header, if there is room for it now: a receiver that is full to the brim learns of the end by the
     /// end of the stream.
     fn say_goodbye(&mut self) -> bool {
-        let header =
-            Header { kind: Kind::Goodbye, sequence: self.sequence, tag: 0, payload: 0, slot: 0, schema: 0, checksum: false };
+        let header = Header {
+            kind: Kind::Goodbye,
+            sequence: self.sequence,
+            tag: 0,
+            payload: 0,
+            slot: 0,
+            schema: 0,
+            checksum: false,
+        };
         let mut cursor = Cursor::default();
         self.transport.write(&header.encode(), &Scatter::EMPTY, &mut cursor).unwrap_or(false)
     }

@@ -150,7 +150,10 @@ pub(crate) fn encode<'a>(
     let reject = |kind, reason: String| Rejected { link, kind, reason };
     out.clear();
     let Ok(count) = u16::try_from(specs.len()) else {
-        return Err(reject(RejectedKind::TooLarge, format!("{} tensors in one message; the limit is {}", specs.len(), u16::MAX)));
+        return Err(reject(
+            RejectedKind::TooLarge,
+            format!("{} tensors in one message; the limit is {}", specs.len(), u16::MAX),
+        ));
     };
     out.extend_from_slice(&count.to_le_bytes());
     let mut total = 0u64;
@@ -163,12 +166,20 @@ pub(crate) fn encode<'a>(
             ));
         }
         if !limits.dtypes.contains(dtype) {
-            return Err(reject(RejectedKind::DType, format!("tensor `{name}` is {dtype}, which the receiver cannot take")));
+            return Err(reject(
+                RejectedKind::DType,
+                format!("tensor `{name}` is {dtype}, which the receiver cannot take"),
+            ));
         }
         let (Ok(name_len), true) = (u16::try_from(name.len()), shape.len() <= MAX_DIMS) else {
             return Err(reject(
                 RejectedKind::TooLarge,
-                format!("a tensor with a name of {} bytes and {} dimensions; the limits are {} and {MAX_DIMS}", name.len(), shape.len(), u16::MAX),
+                format!(
+                    "a tensor with a name of {} bytes and {} dimensions; the limits are {} and {MAX_DIMS}",
+                    name.len(),
+                    shape.len(),
+                    u16::MAX
+                ),
             ));
         };
         let bytes = tensor_bytes(dtype, shape);
@@ -176,7 +187,10 @@ pub(crate) fn encode<'a>(
         let (Some(bytes), Some(sum)) = (bytes, sum) else {
             return Err(reject(
                 RejectedKind::TooLarge,
-                format!("tensor `{name}` of shape {shape:?} and {dtype} takes the message over the limit of {} bytes", limits.max_message),
+                format!(
+                    "tensor `{name}` of shape {shape:?} and {dtype} takes the message over the limit of {} bytes",
+                    limits.max_message
+                ),
             ));
         };
         if let Some(given) = data_len.filter(|given| *given != bytes) {

@@ -73,6 +73,11 @@ pub trait Outbound: Send {
     /// Its level.
     fn level(&self) -> Level;
 
+    /// The device that it uses, where it uses one of its own.
+    fn device(&self) -> Option<&str> {
+        None
+    }
+
     /// Moves as much of `head`, and then of `body`, as can be moved without waiting. True: all has been taken
     /// over and the caller may reuse its buffers.
     fn write(&mut self, head: &[u8], body: &Scatter<'_>, cursor: &mut Cursor) -> Result<bool, TransportError>;
@@ -95,6 +100,11 @@ pub trait Outbound: Send {
 pub trait Inbound: Send {
     /// Its level.
     fn level(&self) -> Level;
+
+    /// The device that it uses, where it uses one of its own.
+    fn device(&self) -> Option<&str> {
+        None
+    }
 
     /// Fills `head` from `filled` on, as far as bytes have come. True: it is full.
     fn read_head(&mut self, head: &mut [u8], filled: &mut usize) -> Result<bool, TransportError>;

@@ -1,4 +1,5 @@
 //! Every interleaving, with up to two forced switches, of the ring's wake protocol: no wake-up is lost, and no byte is read before it was written.
+#![allow(clippy::unwrap_used, reason = "a test's helpers are tests too")]
 
 use loom::{
     cell::UnsafeCell,

@@ -54,7 +54,8 @@ impl Channel {
             return Err(VerbsError::last("rdma_create_event_channel"));
         }
         let channel = Self { functions, raw };
-        rustix::io::ioctl_fionbio(channel.fd(), true).map_err(|errno| VerbsError::Call { call: "ioctl(FIONBIO)", errno })?;
+        rustix::io::ioctl_fionbio(channel.fd(), true)
+            .map_err(|errno| VerbsError::Call { call: "ioctl(FIONBIO)", errno })?;
         Ok(channel)
     }
 

@@ -84,7 +84,8 @@ fn devices_in(class: &Path) -> io::Result<Vec<Device>> {
             name,
             // -1: the machine has no NUMA, or does not say.
             numa_node: word(&path.join("device/numa_node")).parse().ok(),
-            pci_path: parent.filter(|path| path.components().any(|part| part.as_os_str().to_string_lossy().starts_with("pci"))),
+            pci_path: parent
+                .filter(|path| path.components().any(|part| part.as_os_str().to_string_lossy().starts_with("pci"))),
             kind,
             ports: ports_in(&path.join("ports")),
         });
@@ -178,7 +179,11 @@ mod tests {
         write("class/mlx5_0/ports/1/gid_attrs/types/3", "RoCE v2\n");
         write("class/mlx5_0/ports/1/gid_attrs/ndevs/3", "eth0\n");
         write("class/siw0/node_type", "4: RNIC\n");
-        std::os::unix::fs::symlink(root.path().join("bus/pci0000:00/0000:00:05.0"), root.path().join("class/mlx5_0/device")).unwrap();
+        std::os::unix::fs::symlink(
+            root.path().join("bus/pci0000:00/0000:00:05.0"),
+            root.path().join("class/mlx5_0/device"),
+        )
+        .unwrap();
         let devices = devices_in(&root.path().join("class")).unwrap();
         assert_eq!(devices.len(), 2);
         let mlx = &devices[0];

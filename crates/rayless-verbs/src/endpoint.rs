@@ -6,7 +6,10 @@
 use crate::{
     cm::{Channel, MAX_PRIVATE, Request, resolve},
     error::{VerbsError, check},
-    ffi::{self, Functions, Opaque, ibv_comp_channel, ibv_cq, ibv_qp_cap, ibv_qp_init_attr, ibv_recv_wr, ibv_send_wr, ibv_sge, ibv_wc, rdma_cm_id, rdma_conn_param},
+    ffi::{
+        self, Functions, Opaque, ibv_comp_channel, ibv_cq, ibv_qp_cap, ibv_qp_init_attr, ibv_recv_wr, ibv_send_wr,
+        ibv_sge, ibv_wc, rdma_cm_id, rdma_conn_param,
+    },
     region::{Access, Region},
 };
 use rustix::io::Errno;
@@ -438,8 +441,10 @@ impl Core {
     }
 
     fn sge(&self, range: Range) -> Result<ibv_sge, VerbsError> {
-        let region = self.regions.get(range.region.0).ok_or_else(|| VerbsError::Misuse { what: "an unknown region".into() })?;
-        let length = u32::try_from(range.len).map_err(|_| VerbsError::Misuse { what: "4 GiB in one request".into() })?;
+        let region =
+            self.regions.get(range.region.0).ok_or_else(|| VerbsError::Misuse { what: "an unknown region".into() })?;
+        let length =
+            u32::try_from(range.len).map_err(|_| VerbsError::Misuse { what: "4 GiB in one request".into() })?;
         Ok(ibv_sge { addr: region.address(range.offset, range.len)?, length, lkey: region.lkey() })
     }
 
@@ -461,7 +466,9 @@ impl Core {
         // across it (the provider copies them), and every range lies in a region that outlives the queue pair.
         let result = unsafe {
             let qp = (*self.id).qp;
-            let Some(post) = (*(*qp).context).ops.post_recv else { return Err(VerbsError::returned("ibv_post_recv", libc::EOPNOTSUPP)) };
+            let Some(post) = (*(*qp).context).ops.post_recv else {
+                return Err(VerbsError::returned("ibv_post_recv", libc::EOPNOTSUPP));
+            };
             post(qp, requests.as_mut_ptr(), &mut bad)
         };
         if result != 0 {
@@ -521,7 +528,9 @@ impl Core {
         // SAFETY: as in `post_recvs`; inline bytes are read during the call.
         let result = unsafe {
             let qp = (*self.id).qp;
-            let Some(post) = (*(*qp).context).ops.post_send else { return Err(VerbsError::returned("ibv_post_send", libc::EOPNOTSUPP)) };
+            let Some(post) = (*(*qp).context).ops.post_send else {
+                return Err(VerbsError::returned("ibv_post_send", libc::EOPNOTSUPP));
+            };
             post(qp, requests.as_mut_ptr(), &mut bad)
         };
         if result != 0 {
@@ -536,7 +545,9 @@ impl Core {
         let mut raw = [ibv_wc::default(); MAX_BATCH];
         // SAFETY: the queue is alive; C's inline `ibv_poll_cq` makes this very call; `raw` has room for what is asked.
         let taken = unsafe {
-            let Some(poll) = (*(*self.cq).context).ops.poll_cq else { return Err(VerbsError::returned("ibv_poll_cq", libc::EOPNOTSUPP)) };
+            let Some(poll) = (*(*self.cq).context).ops.poll_cq else {
+                return Err(VerbsError::returned("ibv_poll_cq", libc::EOPNOTSUPP));
+            };
             poll(self.cq, MAX_BATCH as i32, raw.as_mut_ptr())
         };
         let Ok(taken) = usize::try_from(taken) else {
@@ -557,7 +568,9 @@ impl Core {
     fn arm(&self) -> Result<(), VerbsError> {
         // SAFETY: the queue is alive; C's inline `ibv_req_notify_cq` makes this very call.
         let result = unsafe {
-            let Some(arm) = (*(*self.cq).context).ops.req_notify_cq else { return Err(VerbsError::returned("ibv_req_notify_cq", libc::EOPNOTSUPP)) };
+            let Some(arm) = (*(*self.cq).context).ops.req_notify_cq else {
+                return Err(VerbsError::returned("ibv_req_notify_cq", libc::EOPNOTSUPP));
+            };
             arm(self.cq, 0)
         };
         if result == 0 { Ok(()) } else { Err(VerbsError::returned("ibv_req_notify_cq", result)) }
@@ -620,6 +633,9 @@ pub fn is_connection_error(error: &VerbsError) -> bool {
 
 impl<State> fmt::Debug for Endpoint<State> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Endpoint").field("inline", &self.core.inline).field("posted", &self.core.posted).finish_non_exhaustive()
+        f.debug_struct("Endpoint")
+            .field("inline", &self.core.inline)
+            .field("posted", &self.core.posted)
+            .finish_non_exhaustive()
     }
 }

@@ -94,7 +94,7 @@ pub(crate) struct ibv_sge {
 #[derive(Clone, Copy)]
 pub(crate) struct ibv_send_wr {
     pub(crate) wr_id: u64,
-    pub(crate) next: *mut ibv_send_wr,
+    pub(crate) next: *mut Self,
     pub(crate) sg_list: *mut ibv_sge,
     pub(crate) num_sge: c_int,
     pub(crate) opcode: c_int,
@@ -110,7 +110,7 @@ pub(crate) struct ibv_send_wr {
 #[derive(Clone, Copy)]
 pub(crate) struct ibv_recv_wr {
     pub(crate) wr_id: u64,
-    pub(crate) next: *mut ibv_recv_wr,
+    pub(crate) next: *mut Self,
     pub(crate) sg_list: *mut ibv_sge,
     pub(crate) num_sge: c_int,
 }

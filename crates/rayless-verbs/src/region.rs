@@ -24,6 +24,8 @@ pub enum Access {
     RemoteWrite,
     /// Read from it.
     RemoteRead,
+    /// Write into it and read from it.
+    RemoteReadWrite,
 }
 
 impl Access {
@@ -36,6 +38,7 @@ impl Access {
             Self::Receive => LOCAL_WRITE,
             Self::RemoteWrite => LOCAL_WRITE | REMOTE_WRITE,
             Self::RemoteRead => REMOTE_READ,
+            Self::RemoteReadWrite => LOCAL_WRITE | REMOTE_WRITE | REMOTE_READ,
         }
     }
 }
@@ -180,6 +183,7 @@ impl Region {
     }
 
     fn host(&self) -> Result<(NonNull<u8>, Layout), VerbsError> {
-        self.owned.ok_or_else(|| VerbsError::Misuse { what: "copying to or from a region that is not host memory".into() })
+        self.owned
+            .ok_or_else(|| VerbsError::Misuse { what: "copying to or from a region that is not host memory".into() })
     }
 }

@@ -25,9 +25,7 @@ use memory::{Memory, Words};
 use rustix::{
     fd::{AsFd, OwnedFd},
     io::Errno,
-    net::{
-        RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
-    },
+    net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags},
 };
 use std::{
     hash::{BuildHasher, RandomState},

@@ -105,7 +105,8 @@ impl Outbound for ShmOutbound {
         self.sleeps += 1;
         let words = self.memory.words();
         let seen = self.head;
-        let moved = || words.head.0.load(Ordering::Acquire) != seen || words.receiver_closed.0.load(Ordering::Acquire) != 0;
+        let moved =
+            || words.head.0.load(Ordering::Acquire) != seen || words.receiver_closed.0.load(Ordering::Acquire) != 0;
         self.poke.sleep_unless(at_most, moved);
         match &self.socket {
             Some(socket) if !moved() => check_alive(socket, "receiver"),

@@ -100,7 +100,8 @@ impl Plan {
 /// Whether an error means that the peer is gone, not that the system refused the call.
 fn is_gone(errno: rustix::io::Errno) -> bool {
     use rustix::io::Errno;
-    [Errno::PIPE, Errno::CONNRESET, Errno::CONNABORTED, Errno::TIMEDOUT, Errno::HOSTUNREACH, Errno::NETUNREACH].contains(&errno)
+    [Errno::PIPE, Errno::CONNRESET, Errno::CONNABORTED, Errno::TIMEDOUT, Errno::HOSTUNREACH, Errno::NETUNREACH]
+        .contains(&errno)
 }
 
 #[cfg(test)]

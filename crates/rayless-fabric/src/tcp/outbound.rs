@@ -68,7 +68,8 @@ impl TcpOutbound {
         });
         let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
         let sent = loop {
-            match rustix::net::sendmsg(&self.streams[lane], &slices[..used], &mut SendAncillaryBuffer::default(), flags) {
+            match rustix::net::sendmsg(&self.streams[lane], &slices[..used], &mut SendAncillaryBuffer::default(), flags)
+            {
                 Ok(sent) => break sent,
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => {

@@ -26,6 +26,11 @@ pub(crate) fn fresh_name() -> LinkName {
 /// A transport under test.
 pub(crate) trait Fixture: 'static {
     const LEVEL: Level;
+    /// Whether what a sender has sent arrives although its process was killed right after. (The kernel goes on
+    /// sending from a socket's buffer; a queue pair dies with its process.)
+    const OUTLIVES_ITS_SENDER: bool = true;
+    /// Small messages of the order test; fewer where each takes the emulated guest a millisecond.
+    const SMALL_MESSAGES: u64 = 10_000;
     /// Where the accepting end listens; unique to the test.
     type Listener: Send + 'static;
 

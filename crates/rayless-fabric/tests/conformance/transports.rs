@@ -1,12 +1,16 @@
 //! The transports under test.
 
 use crate::fixture::Fixture;
-use rayless_fabric::{Acceptor, EstablishError, Level, LinkConfig, LinkName, RecvLink, SendLink, Ticket, greet_tcp, greet_unix, shm, tcp};
+use rayless_fabric::{
+    Acceptor, EstablishError, Level, LinkConfig, LinkName, RecvLink, SendLink, Ticket, greet_rdma, greet_tcp,
+    greet_unix, rdma, shm, tcp,
+};
 use std::{
     io::{self, Write},
-    net::{Ipv4Addr, TcpListener, TcpStream},
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream},
     os::unix::net::{UnixListener, UnixStream},
-    time::Duration,
+    sync::Mutex,
+    time::{Duration, Instant},
 };
 
 const GREETING_TIME: Duration = Duration::from_secs(30);
@@ -76,5 +80,66 @@ impl Fixture for Shm {
         let mut stream = UnixStream::connect(dir.path().join("link.sock"))?;
         stream.write_all(&[b'x'; 200])?;
         Ok(greet_unix(listener.accept()?.0, GREETING_TIME).unwrap_err().to_string())
+    }
+}
+
+/// Soft-RoCE between the guest's two devices.
+pub(crate) struct Rxe;
+/// Soft-iWARP between the guest's two devices.
+pub(crate) struct Siw;
+
+/// Which addresses belong to the two devices of a kind, as tests/rdma-vm sets them up.
+pub(crate) trait Devices: 'static {
+    const RECEIVER: IpAddr;
+    const SENDER: IpAddr;
+}
+
+impl Devices for Rxe {
+    const RECEIVER: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 77, 0, 1));
+    const SENDER: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 77, 0, 2));
+}
+
+impl Devices for Siw {
+    const RECEIVER: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 78, 0, 1));
+    const SENDER: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 78, 0, 2));
+}
+
+impl<D: Devices> Fixture for D {
+    const LEVEL: Level = Level::Rdma;
+    const OUTLIVES_ITS_SENDER: bool = false;
+    const SMALL_MESSAGES: u64 = 2_000;
+    type Listener = Mutex<rayless_verbs::Listener>;
+
+    fn listen() -> Self::Listener {
+        Mutex::new(rayless_verbs::Listener::bind(SocketAddr::new(D::RECEIVER, 0)).unwrap())
+    }
+
+    fn address(listener: &Self::Listener) -> String {
+        listener.lock().unwrap().address().to_string()
+    }
+
+    fn connect(address: &str, name: LinkName, ticket: Ticket, config: &LinkConfig) -> Result<SendLink, EstablishError> {
+        let config = LinkConfig { handshake: GREETING_TIME, ..config.clone() };
+        rdma::connect(address.parse().unwrap(), Some(D::SENDER), name, ticket, &config)
+    }
+
+    fn accept(listener: &Self::Listener, acceptor: &mut Acceptor) -> Result<RecvLink, EstablishError> {
+        let greeted = greet_rdma(&mut listener.lock().unwrap(), GREETING_TIME).unwrap();
+        acceptor.admit(greeted).map(|link| link.expect("one connection is all of it"))
+    }
+
+    fn nonsense(listener: &Self::Listener) -> io::Result<String> {
+        let to = listener.lock().unwrap().address();
+        std::thread::scope(|scope| {
+            let stranger = scope.spawn(move || {
+                let deadline = Instant::now() + GREETING_TIME;
+                let sizes = rayless_verbs::Sizes { sends: 1, recvs: 1, inline: 0 };
+                let endpoint = rayless_verbs::Endpoint::to(to, Some(D::SENDER), sizes, deadline).unwrap();
+                endpoint.connect(b"xxxxxxxx", deadline).map(drop).unwrap_err().to_string()
+            });
+            let said = greet_rdma(&mut listener.lock().unwrap(), GREETING_TIME).unwrap_err().to_string();
+            assert_eq!(stranger.join().unwrap(), "the peer refused: no link greeting of this version");
+            Ok(said)
+        })
     }
 }
