@@ -7,7 +7,8 @@
 //! 3. [`SendLink`] and [`RecvLink`]: the calls. [`Wait`] and [`Cancel`] bound them. Nothing here has a thread of its own but [`SendQueue`].
 //! 4. [`SendError`], [`RecvError`]: what is still usable after what.
 //! 5. [`transport`]: what moves the bytes, in ordered [`Level`]s: [`shm`], [`rdma`], [`tcp`]. [`select`] picks one and keeps the reasons.
-//! 6. [`Acceptor`]: how the receiving end of each is opened.
+//! 6. [`SendLink::prove`], [`RecvLink::prove`]: a real transfer before a link is relied on.
+//! 7. [`Acceptor`]: how the receiving end of each is opened.
 //!
 //! # What holds
 //! - Messages arrive whole, in order and once, or the link is lost. Each header carries its sequence number, and the caller's
@@ -32,6 +33,7 @@ mod greeting;
 mod header;
 mod name;
 mod probe;
+mod prove;
 mod queue;
 pub mod rdma;
 mod recv;

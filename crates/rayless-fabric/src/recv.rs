@@ -182,6 +182,11 @@ impl RecvLink {
         }
     }
 
+    /// Gives the link up.
+    pub(crate) fn abandon(&mut self, kind: LostKind, cause: String) -> RecvError {
+        self.lose(TransportError { kind, cause })
+    }
+
     fn check_parts(&self, parts: &[&mut [u8]]) -> Result<Header, RecvError> {
         let rejected = |kind, reason| Err(Rejected { link: self.name, kind, reason }.into());
         let (header, schema) = match &self.state {

@@ -11,10 +11,17 @@ use crate::{
     transport::{Counters, Cursor, Level, Outbound},
     wait::{Cancel, Stop, Wait},
 };
-use std::{fmt, sync::Arc, time::Instant};
+use std::{
+    fmt,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 /// Tensors whose slices are listed on the stack; messages of more allocate one list.
 const INLINE_PARTS: usize = 16;
+
+/// What an orderly close gives a receiver whose window is full.
+const GOODBYE: Duration = Duration::from_secs(5);
 
 /// The sending end of a link. Messages leave in the order of the calls.
 pub struct SendLink {
@@ -22,7 +29,7 @@ pub struct SendLink {
     transport: Box<dyn Outbound>,
     limits: PeerLimits,
     verify: bool,
-    spin: std::time::Duration,
+    spin: Duration,
     cancel: Cancel,
     probe: Arc<Probe>,
     schemas: SentSchemas,
@@ -148,7 +155,8 @@ impl SendLink {
     }
 
     /// Closes this end after a whole message: the receiver reads what was sent and then gets `Closed`. With a
-    /// message in progress the receiver gets `Lost` instead. Dropping does the same.
+    /// message in progress the receiver gets `Lost` instead. Dropping does the same. Blocks for up to 5 s while the
+    /// receiver's window is full, and over RDMA until what was sent is in its memory; not after [`Cancel::cancel`].
     pub fn close(&mut self) {
         let whole = match self.state {
             State::Closed => return,
@@ -319,8 +327,8 @@ impl SendLink {
         lost.into()
     }
 
-    /// The last header, if there is room for it now: a receiver that is full to the brim learns of the end by the
-    /// end of the stream.
+    /// The last header. A receiver that is full to the brim gets a little time to make room for it; if it does not,
+    /// it learns of the end by the end of the stream.
     fn say_goodbye(&mut self) -> bool {
         let header = Header {
             kind: Kind::Goodbye,
@@ -331,8 +339,18 @@ impl SendLink {
             schema: 0,
             checksum: false,
         };
-        let mut cursor = Cursor::default();
-        self.transport.write(&header.encode(), &Scatter::EMPTY, &mut cursor).unwrap_or(false)
+        let (head, wait, mut cursor) = (header.encode(), Wait::at_most(GOODBYE), Cursor::default());
+        loop {
+            match self.transport.write(&head, &Scatter::EMPTY, &mut cursor) {
+                Ok(true) => return true,
+                Err(_) => return false,
+                Ok(false) => {}
+            }
+            let Ok(slice) = wait.next_slice(&self.cancel) else { return false };
+            if self.transport.wait(slice).is_err() {
+                return false;
+            }
+        }
     }
 }
 

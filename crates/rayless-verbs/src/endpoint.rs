@@ -408,7 +408,7 @@ impl Core {
             }
             refused = Some(VerbsError::last("rdma_create_qp"));
         }
-        Err(refused.unwrap_or(VerbsError::returned("rdma_create_qp", libc::EINVAL)))
+        Err(refused.unwrap_or_else(|| VerbsError::returned("rdma_create_qp", libc::EINVAL)))
     }
 
     fn completion_fd(&self) -> BorrowedFd<'_> {
@@ -551,7 +551,7 @@ impl Core {
             poll(self.cq, MAX_BATCH as i32, raw.as_mut_ptr())
         };
         let Ok(taken) = usize::try_from(taken) else {
-            return Err(VerbsError::returned("ibv_poll_cq", -taken));
+            return Err(VerbsError::returned("ibv_poll_cq", taken));
         };
         for (to, wc) in out.iter_mut().zip(&raw[..taken]) {
             *to = Completion {

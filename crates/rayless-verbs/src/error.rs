@@ -70,8 +70,12 @@ impl VerbsError {
         Self::Call { call, errno: Errno::from_raw_os_error(errno) }
     }
 
-    /// For calls that return an errno.
-    pub(crate) const fn returned(call: &'static str, errno: i32) -> Self {
+    /// For calls that return an errno. Providers differ: some return it negated, some -1 with errno set.
+    pub(crate) fn returned(call: &'static str, result: i32) -> Self {
+        if result == -1 {
+            return Self::last(call);
+        }
+        let errno = result.checked_abs().filter(|errno| (1..4096).contains(errno)).unwrap_or(libc::EIO);
         Self::Call { call, errno: Errno::from_raw_os_error(errno) }
     }
 }

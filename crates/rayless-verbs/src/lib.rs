@@ -4,7 +4,7 @@
 //! Only what RoCE, iWARP and eRDMA share: reliable connections by rdma_cm, SEND/RECV, WRITE, READ, one completion queue
 //! with an event channel, plain memory registration. No `_ex` call, no immediate data, no shared receive queue.
 //!
-//! 1. [`devices`]: what is there, from sysfs. [`available`]: whether the libraries are.
+//! 1. [`devices`]: what is there, from sysfs. [`preflight`]: what keeps it from working, by name.
 //! 2. [`Listener`], [`Endpoint::to`], [`Endpoint::for_request`]: from an address or a request to a prepared endpoint.
 //! 3. [`Endpoint`]: memory, RECVs, then `connect`/`accept`, then work and completions.
 //!
@@ -18,6 +18,7 @@ mod endpoint;
 mod error;
 mod ffi;
 mod load;
+mod preflight;
 mod region;
 
 pub use cm::{Listener, MAX_PRIVATE, Request};
@@ -28,4 +29,5 @@ pub use endpoint::{
 };
 pub use error::VerbsError;
 pub use load::{LoadError, available};
+pub use preflight::{Finding, preflight};
 pub use region::Access;

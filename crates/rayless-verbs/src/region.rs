@@ -114,7 +114,7 @@ impl Region {
     ) -> Result<Self, VerbsError> {
         use std::os::fd::AsRawFd;
         const CALL: &str = "ibv_reg_dmabuf_mr";
-        let register = functions.ibv_reg_dmabuf_mr.ok_or(VerbsError::returned(CALL, libc::EOPNOTSUPP))?;
+        let register = functions.ibv_reg_dmabuf_mr.ok_or_else(|| VerbsError::returned(CALL, libc::EOPNOTSUPP))?;
         // SAFETY: `pd` by contract; the kernel takes its own reference of the dma-buf.
         let mr = unsafe { register(pd, offset, len, 0, dmabuf.as_raw_fd(), access.flags()) };
         if mr.is_null() {

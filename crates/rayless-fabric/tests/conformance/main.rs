@@ -29,6 +29,7 @@ macro_rules! conformance {
                 suite::a_link_is_refused_without_its_ticket,
                 suite::a_stranger_is_refused_and_the_expected_peer_still_comes_in,
                 suite::a_closed_end_says_so,
+                suite::a_link_proves_itself_and_a_wrong_one_is_found_out,
                 killed::a_killed_sender_is_news_and_its_whole_messages_are_not_lost,
                 killed::a_killed_receiver_is_news,
             );

@@ -402,3 +402,16 @@ pub(crate) fn a_closed_end_says_so<F: Fixture>() {
     let lost = (0..).find_map(|number| send_flat(&mut tx, number, 100 << 10, &long()).err()).unwrap();
     assert!(lost.to_string().contains("the receiver closed its end"), "{lost}");
 }
+
+pub(crate) fn a_link_proves_itself_and_a_wrong_one_is_found_out<F: Fixture>() {
+    let (mut tx, mut rx) = F::pair();
+    thread::scope(|scope| {
+        scope.spawn(|| tx.prove(&long()).unwrap());
+        rx.prove(&long()).unwrap();
+    });
+    // A message of the right size and step, but of other bytes.
+    let data = bytes(0, 64);
+    tx.send(&[flat("proof", &[64], &data)], Extra { tag: u64::MAX, bytes: &[] }, &long()).unwrap();
+    let lost = rx.prove(&long()).unwrap_err();
+    assert!(matches!(&lost, RecvError::Lost(l) if l.kind == LostKind::Corrupt), "{lost}");
+}
