@@ -11,7 +11,7 @@ pub struct LinkConfig {
     /// Whether each payload carries a checksum (`--verify-links`). Default: no.
     pub verify: bool,
     /// How long an operation that has to wait looks again and again before it sleeps. It yields the CPU between
-    /// two looks. Default: 20 µs; zero: sleep at once.
+    /// two looks, and a yield that comes back late ends the spinning for a second. Default: 50 µs; zero: sleep at once.
     pub spin: Duration,
     /// Element types that this end takes. Default: all.
     pub dtypes: DTypeSet,
@@ -24,7 +24,7 @@ impl Default for LinkConfig {
         Self {
             max_message: 1 << 30,
             verify: false,
-            spin: Duration::from_micros(20),
+            spin: Duration::from_micros(50),
             dtypes: DTypeSet::ALL,
             handshake: Duration::from_secs(5),
         }

@@ -7,11 +7,12 @@ use crate::{
     name::LinkName,
     probe::{Phase, Probe},
     scatter::ScatterMut,
+    spin::Spin,
     tensor::{MAX_SCHEMA, ReceivedSchemas, Schema},
     transport::{Counters, Inbound, Level},
     wait::{Cancel, Stop, Wait},
 };
-use std::{fmt, sync::Arc, time::Instant};
+use std::{fmt, sync::Arc};
 
 /// What a message announces about itself.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -30,7 +31,7 @@ pub struct RecvLink {
     transport: Box<dyn Inbound>,
     max_message: u64,
     verify: bool,
-    spin: std::time::Duration,
+    spin: Spin,
     cancel: Cancel,
     probe: Arc<Probe>,
     schemas: ReceivedSchemas,
@@ -59,7 +60,7 @@ impl RecvLink {
             name,
             max_message: config.max_message,
             verify: config.verify,
-            spin: config.spin,
+            spin: Spin::new(config.spin),
             cancel: Cancel::new(transport.waker()),
             probe: Arc::new(Probe::new(name, transport.level())),
             transport,
@@ -221,11 +222,9 @@ impl RecvLink {
         if advance(self)? {
             return Ok(());
         }
-        let spin_until = Instant::now() + self.spin;
+        let mut spin_until = if wait.is_poll() { None } else { self.spin.begin() };
         loop {
-            if !wait.is_poll() && Instant::now() < spin_until {
-                std::thread::yield_now();
-            } else {
+            if !self.spin.again(&mut spin_until) {
                 match wait.next_slice(&self.cancel) {
                     Ok(slice) => self.transport.wait(slice).map_err(|e| self.lose(e))?,
                     Err(stop) => return Err(self.stopped(stop)),

@@ -7,15 +7,12 @@ use crate::{
     name::LinkName,
     probe::{Phase, Probe},
     scatter::Scatter,
+    spin::Spin,
     tensor::{Extra, PeerLimits, SentSchemas, Slot, TensorRef, TensorSpec, encode},
     transport::{Counters, Cursor, Level, Outbound},
     wait::{Cancel, Stop, Wait},
 };
-use std::{
-    fmt,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{fmt, sync::Arc, time::Duration};
 
 /// Tensors whose slices are listed on the stack; messages of more allocate one list.
 const INLINE_PARTS: usize = 16;
@@ -29,7 +26,7 @@ pub struct SendLink {
     transport: Box<dyn Outbound>,
     limits: PeerLimits,
     verify: bool,
-    spin: Duration,
+    spin: Spin,
     cancel: Cancel,
     probe: Arc<Probe>,
     schemas: SentSchemas,
@@ -63,7 +60,7 @@ impl SendLink {
             name,
             limits,
             verify: config.verify,
-            spin: config.spin,
+            spin: Spin::new(config.spin),
             cancel: Cancel::new(transport.waker()),
             probe: Arc::new(Probe::new(name, transport.level())),
             transport,
@@ -245,11 +242,9 @@ impl SendLink {
         if self.write(body)? {
             return Ok(());
         }
-        let spin_until = Instant::now() + self.spin;
+        let mut spin_until = if wait.is_poll() { None } else { self.spin.begin() };
         loop {
-            if !wait.is_poll() && Instant::now() < spin_until {
-                std::thread::yield_now();
-            } else {
+            if !self.spin.again(&mut spin_until) {
                 match wait.next_slice(&self.cancel) {
                     Ok(slice) => self.transport.wait(slice).map_err(|e| self.lose(e))?,
                     Err(stop) => return Err(self.stopped(stop, body)),

@@ -299,28 +299,55 @@ impl Drop for Request {
     }
 }
 
+/// One attempt at an address. A neighbour's answer can get lost, and the kernel then says nothing for as long as it was
+/// given; a new attempt asks anew.
+const ATTEMPT: Duration = Duration::from_secs(2);
+
 /// Finds the device and route to `to`, from the address `from` if given.
 pub(crate) fn resolve(
     to: SocketAddr,
     from: Option<IpAddr>,
     deadline: Instant,
 ) -> Result<(Channel, *mut rdma_cm_id), VerbsError> {
+    loop {
+        let attempt = deadline.min(Instant::now() + ATTEMPT);
+        match resolve_once(to, from, attempt) {
+            Err(error) if is_timeout(&error) && Instant::now() < deadline => {}
+            Err(error) if is_timeout(&error) => return Err(VerbsError::TimedOut { waiting_for: RESOLVING }),
+            other => return other,
+        }
+    }
+}
+
+const RESOLVING: &str = "resolving the peer's address";
+
+fn is_timeout(error: &VerbsError) -> bool {
+    match error {
+        VerbsError::TimedOut { .. } => true,
+        VerbsError::Event { waiting_for, status, .. } => *waiting_for == RESOLVING && *status == -libc::ETIMEDOUT,
+        _ => false,
+    }
+}
+
+fn resolve_once(
+    to: SocketAddr,
+    from: Option<IpAddr>,
+    deadline: Instant,
+) -> Result<(Channel, *mut rdma_cm_id), VerbsError> {
     let channel = Channel::open()?;
     let id = channel.create_id()?;
-    let left = || {
-        let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-        i32::try_from(left.as_millis()).unwrap_or(i32::MAX)
-    };
     let run = || {
+        let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+        let left = i32::try_from(left.as_millis()).unwrap_or(i32::MAX);
         let mut to = CAddress::new(to);
         let mut from = from.map(|ip| CAddress::new(SocketAddr::new(ip, 0)));
         let from = from.as_mut().map_or(ptr::null_mut(), CAddress::as_ptr);
         // SAFETY: the id is ours; both addresses live across the call, and a null source means any.
-        let result = unsafe { (channel.functions.rdma_resolve_addr)(id, from, to.as_ptr(), left()) };
+        let result = unsafe { (channel.functions.rdma_resolve_addr)(id, from, to.as_ptr(), left) };
         check("rdma_resolve_addr", result)?;
-        channel.expect(ffi::EVENT_ADDR_RESOLVED, "resolving the peer's address", deadline)?;
+        channel.expect(ffi::EVENT_ADDR_RESOLVED, RESOLVING, deadline)?;
         // SAFETY: the id is ours.
-        check("rdma_resolve_route", unsafe { (channel.functions.rdma_resolve_route)(id, left()) })?;
+        check("rdma_resolve_route", unsafe { (channel.functions.rdma_resolve_route)(id, left) })?;
         channel.expect(ffi::EVENT_ROUTE_RESOLVED, "resolving the route", deadline)?;
         Ok(())
     };
