@@ -65,6 +65,8 @@ fn prepare(context: &Context, streams: Vec<TcpStream>) -> Result<Vec<OwnedFd>, E
     streams
         .into_iter()
         .map(|stream| {
+            // Whoever accepted it may have driven it from a reactor.
+            stream.set_nonblocking(false).map_err(|e| context.failed("setting a stream to block", e))?;
             set_tcp_nodelay(&stream, true).map_err(|e| context.failed("setting TCP_NODELAY", e))?;
             Ok(stream.into())
         })
