@@ -119,30 +119,38 @@ fn stream(what: &str, bytes: usize, rounds: usize, (mut tx, mut rx): (SendLink, 
     });
 }
 
-fn raw_tcp(bytes: usize, rounds: usize) {
+/// The floor. `one_way`: a connection each way, as links have (no acknowledgement rides on a reply).
+fn raw_tcp(bytes: usize, rounds: usize, one_way: bool) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let mut near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-    let mut far = listener.accept().unwrap().0;
-    near.set_nodelay(true).unwrap();
-    far.set_nodelay(true).unwrap();
+    let connect = || {
+        let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let far = listener.accept().unwrap().0;
+        near.set_nodelay(true).unwrap();
+        far.set_nodelay(true).unwrap();
+        (near, far)
+    };
+    let (mut near_tx, mut far_rx) = connect();
+    let (mut near_rx, mut far_tx) =
+        if one_way { connect() } else { (near_tx.try_clone().unwrap(), far_rx.try_clone().unwrap()) };
     std::thread::scope(|scope| {
         scope.spawn(move || {
             let mut data = vec![1u8; bytes];
             for _ in 0..rounds {
-                far.read_exact(&mut data).unwrap();
-                far.write_all(&data).unwrap();
+                far_rx.read_exact(&mut data).unwrap();
+                far_tx.write_all(&data).unwrap();
             }
         });
         let mut data = vec![2u8; bytes];
         let times: Vec<_> = (0..rounds)
             .map(|_| {
                 let start = Instant::now();
-                near.write_all(&data).unwrap();
-                near.read_exact(&mut data).unwrap();
+                near_tx.write_all(&data).unwrap();
+                near_rx.read_exact(&mut data).unwrap();
                 start.elapsed()
             })
             .collect();
-        report("raw TCP ping-pong", bytes, times[rounds / 10..].to_vec());
+        let what = if one_way { "raw TCP, a connection each way" } else { "raw TCP, one connection" };
+        report(what, bytes, times[rounds / 10..].to_vec());
     });
 }
 
@@ -184,11 +192,27 @@ fn memcpy(bytes: usize, rounds: usize) {
 }
 
 fn main() {
+    // `tcp` or `shm`: one measurement alone, for a profiler.
+    if std::env::args().nth(1).as_deref() == Some("tcp") {
+        let sleeping = LinkConfig { spin: Duration::ZERO, ..LinkConfig::default() };
+        links("tcp", 28 << 10, 100_000, open_tcp(0, 1, &sleeping), open_tcp(1, 1, &sleeping));
+        raw_tcp(28 << 10, 100_000, false);
+        return raw_tcp(28 << 10, 100_000, true);
+    }
+    if std::env::args().nth(1).as_deref() == Some("shm") {
+        for _ in 0..5 {
+            memcpy(16 << 20, 30);
+            links("shm", 16 << 20, 30, open_shm(0, &LinkConfig::default()), open_shm(1, &LinkConfig::default()));
+            stream("shm", 16 << 20, 60, open_shm(0, &LinkConfig::default()));
+        }
+        return;
+    }
     let rounds = |bytes: usize| if bytes > 1 << 20 { 60 } else { 10_000 };
     let sleeping = LinkConfig { spin: Duration::ZERO, ..LinkConfig::default() };
     for bytes in [14 << 10, 28 << 10, 16 << 20] {
         let n = rounds(bytes);
-        raw_tcp(bytes, n);
+        raw_tcp(bytes, n, false);
+        raw_tcp(bytes, n, true);
         links("tcp, 1 stream, no spin", bytes, n, open_tcp(0, 1, &sleeping), open_tcp(1, 1, &sleeping));
         links(
             "tcp, 1 stream, default",

@@ -19,7 +19,7 @@ use std::{
 };
 
 /// Room is given back in pieces of this size while a large payload is copied out.
-const PIECE: u64 = 128 << 10;
+const PIECE: u64 = 256 << 10;
 
 pub(super) struct ShmInbound {
     memory: Arc<Memory>,

@@ -19,7 +19,7 @@ use std::{
 };
 
 /// A large payload is published in pieces of this size, so that the receiver copies one while we copy the next.
-const PIECE: u64 = 128 << 10;
+const PIECE: u64 = 256 << 10;
 
 pub(super) struct ShmOutbound {
     memory: Arc<Memory>,
