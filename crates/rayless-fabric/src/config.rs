@@ -1,0 +1,32 @@
+//! A link's settings.
+
+use crate::dtype::DTypeSet;
+use std::time::Duration;
+
+/// Settings of one end of a link. The smaller `max_message` of both ends counts; `verify` must be the same at both.
+#[derive(Clone, Debug)]
+pub struct LinkConfig {
+    /// Bytes of the largest payload. Default: 1 GiB.
+    pub max_message: u64,
+    /// Whether each payload carries a checksum (`--verify-links`). Default: no.
+    pub verify: bool,
+    /// How long an operation that has to wait looks again and again before it sleeps. It yields the CPU between
+    /// two looks, and a yield that comes back late ends the spinning for a second. Default: 50 µs; zero: sleep at once.
+    pub spin: Duration,
+    /// Element types that this end takes. Default: all.
+    pub dtypes: DTypeSet,
+    /// How long the handshake may take. Default: 5 s.
+    pub handshake: Duration,
+}
+
+impl Default for LinkConfig {
+    fn default() -> Self {
+        Self {
+            max_message: 1 << 30,
+            verify: false,
+            spin: Duration::from_micros(50),
+            dtypes: DTypeSet::ALL,
+            handshake: Duration::from_secs(5),
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! What others may see of a link while it works: for `status`, and for the line per rank when nothing moves.
+
+use crate::{name::LinkName, transport::Level};
+use std::{
+    fmt,
+    sync::atomic::{AtomicU8, AtomicU64, Ordering},
+};
+
+/// What an end of a link is doing.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Phase {
+    /// Nothing: between two messages.
+    Idle,
+    /// The sender has put out a header; the payload is not ready.
+    HeaderSent,
+    /// The sender waits for room, or for the rest to leave.
+    Sending,
+    /// The receiver waits for a header.
+    AwaitingHeader,
+    /// The receiver has a header; nobody has asked for the payload.
+    HeaderReceived,
+    /// The receiver waits for a payload.
+    AwaitingPayload,
+    /// Closed in order.
+    Closed,
+    /// Lost.
+    Lost,
+}
+
+const PHASES: [(Phase, &str); 8] = [
+    (Phase::Idle, "idle"),
+    (Phase::HeaderSent, "header sent"),
+    (Phase::Sending, "sending"),
+    (Phase::AwaitingHeader, "awaiting header"),
+    (Phase::HeaderReceived, "header received"),
+    (Phase::AwaitingPayload, "awaiting payload"),
+    (Phase::Closed, "closed"),
+    (Phase::Lost, "lost"),
+];
+
+impl fmt::Display for Phase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(PHASES[*self as usize].1)
+    }
+}
+
+/// A view on one end of a link that any thread may read at any time.
+#[derive(Debug)]
+pub struct Probe {
+    name: LinkName,
+    level: Level,
+    messages: AtomicU64,
+    bytes: AtomicU64,
+    phase: AtomicU8,
+}
+
+impl Probe {
+    pub(crate) const fn new(name: LinkName, level: Level) -> Self {
+        Self { name, level, messages: AtomicU64::new(0), bytes: AtomicU64::new(0), phase: AtomicU8::new(0) }
+    }
+
+    /// The link's name.
+    pub const fn name(&self) -> LinkName {
+        self.name
+    }
+
+    /// Its transport.
+    pub const fn level(&self) -> Level {
+        self.level
+    }
+
+    /// Whole messages moved: the sequence number of the next one.
+    pub fn messages(&self) -> u64 {
+        self.messages.load(Ordering::Relaxed)
+    }
+
+    /// Bytes of payload in them.
+    pub fn bytes(&self) -> u64 {
+        self.bytes.load(Ordering::Relaxed)
+    }
+
+    /// What this end is doing.
+    pub fn phase(&self) -> Phase {
+        PHASES[usize::from(self.phase.load(Ordering::Relaxed)) % PHASES.len()].0
+    }
+
+    pub(crate) fn enter(&self, phase: Phase) {
+        self.phase.store(phase as u8, Ordering::Relaxed);
+    }
+
+    pub(crate) fn moved(&self, bytes: u64) {
+        // One thread writes these; others only read.
+        self.bytes.store(self.bytes.load(Ordering::Relaxed) + bytes, Ordering::Relaxed);
+        self.messages.store(self.messages.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+    }
+}

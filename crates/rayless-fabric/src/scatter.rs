@@ -1,0 +1,123 @@
+//! Payloads as lists of slices, walked by byte offset.
+
+/// Bytes to send: the tensors of a message one after the other, never gathered into one buffer.
+#[derive(Clone, Copy, Debug)]
+pub struct Scatter<'a> {
+    parts: &'a [&'a [u8]],
+    tail: &'a [u8],
+    len: u64,
+}
+
+impl<'a> Scatter<'a> {
+    /// A payload of these parts.
+    pub fn new(parts: &'a [&'a [u8]]) -> Self {
+        Self::with_tail(parts, &[])
+    }
+
+    /// A payload of these parts and then `tail`.
+    pub fn with_tail(parts: &'a [&'a [u8]], tail: &'a [u8]) -> Self {
+        Self { parts, tail, len: parts.iter().map(|p| p.len() as u64).sum::<u64>() + tail.len() as u64 }
+    }
+
+    /// Nothing.
+    pub const EMPTY: Self = Self { parts: &[], tail: &[], len: 0 };
+
+    /// Bytes of all parts.
+    pub const fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Whether there is not one byte.
+    pub const fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Hands `visit` the slices that make up `offset..offset + len`, until it returns false.
+    pub fn walk(&self, mut offset: u64, mut len: u64, mut visit: impl FnMut(&'a [u8]) -> bool) {
+        for part in self.parts.iter().chain(std::iter::once(&self.tail)) {
+            let part_len = part.len() as u64;
+            if offset >= part_len {
+                offset -= part_len;
+                continue;
+            }
+            let take = (part_len - offset).min(len);
+            // Both fit in usize: they are within a slice.
+            if take == 0 || !visit(&part[offset as usize..(offset + take) as usize]) {
+                return;
+            }
+            len -= take;
+            offset = 0;
+        }
+    }
+}
+
+/// Room for a payload: the receiver's tensors one after the other.
+#[derive(Debug)]
+pub struct ScatterMut<'a, 'b> {
+    parts: &'a mut [&'b mut [u8]],
+    tail: &'a mut [u8],
+    len: u64,
+}
+
+impl<'a, 'b> ScatterMut<'a, 'b> {
+    /// Room made of these parts.
+    pub fn new(parts: &'a mut [&'b mut [u8]]) -> Self {
+        Self::with_tail(parts, &mut [])
+    }
+
+    /// Room made of these parts and then `tail`.
+    pub fn with_tail(parts: &'a mut [&'b mut [u8]], tail: &'a mut [u8]) -> Self {
+        let len = parts.iter().map(|p| p.len() as u64).sum::<u64>() + tail.len() as u64;
+        Self { parts, tail, len }
+    }
+
+    /// Bytes of all parts.
+    pub const fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Whether there is not one byte.
+    pub const fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Hands `visit` the slices that make up `offset..offset + len`, until it returns false.
+    pub fn walk(&mut self, mut offset: u64, mut len: u64, mut visit: impl FnMut(&mut [u8]) -> bool) {
+        let tail = std::iter::once(&mut *self.tail);
+        for part in self.parts.iter_mut().map(|part| &mut **part).chain(tail) {
+            let part_len = part.len() as u64;
+            if offset >= part_len {
+                offset -= part_len;
+                continue;
+            }
+            let take = (part_len - offset).min(len);
+            if take == 0 || !visit(&mut part[offset as usize..(offset + take) as usize]) {
+                return;
+            }
+            len -= take;
+            offset = 0;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_walk_visits_exactly_the_bytes_asked_for() {
+        let parts: [&[u8]; 3] = [b"abc", b"", b"defg"];
+        let scatter = Scatter::with_tail(&parts, b"h");
+        assert_eq!(scatter.len(), 8);
+        for offset in 0..=8 {
+            for len in 0..=8 - offset {
+                let mut seen = Vec::new();
+                scatter.walk(offset, len, |slice| {
+                    seen.extend_from_slice(slice);
+                    true
+                });
+                assert_eq!(seen, &b"abcdefgh"[offset as usize..(offset + len) as usize], "{offset}+{len}");
+            }
+        }
+    }
+}

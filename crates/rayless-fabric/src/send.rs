@@ -1,0 +1,372 @@
+//! The sending end of a link.
+
+use crate::{
+    config::LinkConfig,
+    error::{Lost, LostKind, Rejected, RejectedKind, SendError, TransportError},
+    header::{Header, Kind},
+    name::LinkName,
+    probe::{Phase, Probe},
+    scatter::Scatter,
+    spin::Spin,
+    tensor::{Extra, PeerLimits, SentSchemas, Slot, TensorRef, TensorSpec, encode},
+    transport::{Counters, Cursor, Level, Outbound},
+    wait::{Cancel, Stop, Wait},
+};
+use std::{fmt, sync::Arc, time::Duration};
+
+/// Tensors whose slices are listed on the stack; messages of more allocate one list.
+const INLINE_PARTS: usize = 16;
+
+/// What an orderly close gives a receiver whose window is full.
+const GOODBYE: Duration = Duration::from_secs(5);
+
+/// The sending end of a link. Messages leave in the order of the calls.
+pub struct SendLink {
+    name: LinkName,
+    transport: Box<dyn Outbound>,
+    limits: PeerLimits,
+    verify: bool,
+    spin: Spin,
+    cancel: Cancel,
+    probe: Arc<Probe>,
+    schemas: SentSchemas,
+    /// The description of the message in progress.
+    schema: Vec<u8>,
+    /// Header and description of the message in progress.
+    head: Vec<u8>,
+    cursor: Cursor,
+    sequence: u64,
+    state: State,
+}
+
+enum State {
+    Idle,
+    /// A message has begun: `begin` was called and `advance` has not returned true.
+    Begun {
+        payload: u64,
+        slot: Slot,
+    },
+    /// Header sent by `send_header`; the payload is owed.
+    Owing {
+        payload: u64,
+    },
+    Closed,
+    Lost(Lost),
+}
+
+impl SendLink {
+    pub(crate) fn new(name: LinkName, transport: Box<dyn Outbound>, limits: PeerLimits, config: &LinkConfig) -> Self {
+        Self {
+            name,
+            limits,
+            verify: config.verify,
+            spin: Spin::new(config.spin),
+            cancel: Cancel::new(transport.waker()),
+            probe: Arc::new(Probe::new(name, transport.level())),
+            transport,
+            schemas: SentSchemas::default(),
+            schema: Vec::new(),
+            head: Vec::new(),
+            cursor: Cursor::default(),
+            sequence: 0,
+            state: State::Idle,
+        }
+    }
+
+    /// The link's name.
+    pub const fn name(&self) -> LinkName {
+        self.name
+    }
+
+    /// The transport.
+    pub fn level(&self) -> Level {
+        self.transport.level()
+    }
+
+    /// The RDMA device in use.
+    pub fn device(&self) -> Option<&str> {
+        self.transport.device()
+    }
+
+    /// A view for other threads.
+    pub fn probe(&self) -> Arc<Probe> {
+        Arc::clone(&self.probe)
+    }
+
+    /// Cancels this end's calls from other threads.
+    pub fn canceller(&self) -> Cancel {
+        self.cancel.clone()
+    }
+
+    /// What the transport has counted.
+    pub fn counters(&self) -> Counters {
+        self.transport.counters()
+    }
+
+    /// Sends a message and returns when its buffers may be reused.
+    ///
+    /// A wait that ends before the first byte has left gives [`SendError::Stopped`], and the link stays usable; in the
+    /// middle of a message it gives [`SendError::Lost`].
+    pub fn send(&mut self, tensors: &[TensorRef<'_>], extra: Extra<'_>, wait: &Wait<'_>) -> Result<(), SendError> {
+        self.begin(tensors, extra)?;
+        with_parts(tensors, |parts| self.finish(parts, wait))
+    }
+
+    /// Sends a message's header now; its payload is owed through [`SendLink::send_payload`] before anything else can
+    /// be sent. For payloads that are still being computed: the receiver makes room meanwhile.
+    pub fn send_header<'a>(
+        &mut self,
+        specs: impl ExactSizeIterator<Item = TensorSpec<'a>>,
+        extra: Extra<'_>,
+        wait: &Wait<'_>,
+    ) -> Result<(), SendError> {
+        let payload = self.begin_specs(specs.map(|spec| (spec, None)), extra)?;
+        self.pump(&Scatter::EMPTY, wait)?;
+        if self.body_len(payload) == 0 {
+            self.complete(payload);
+        } else {
+            self.state = State::Owing { payload };
+            self.probe.enter(Phase::HeaderSent);
+        }
+        Ok(())
+    }
+
+    /// Sends the payload of the header sent before: the tensors' bytes, in its order. (A message without a
+    /// byte of payload is whole with its header, and `parts` empty of bytes is then accepted.)
+    pub fn send_payload(&mut self, parts: &[&[u8]], wait: &Wait<'_>) -> Result<(), SendError> {
+        let given: u64 = parts.iter().map(|part| part.len() as u64).sum();
+        match &self.state {
+            State::Owing { payload } if *payload == given => {}
+            State::Idle if given == 0 => return Ok(()),
+            State::Owing { payload } => {
+                let reason = format!("the header promised {payload} bytes of payload, but {given} were given");
+                return Err(self.rejected(RejectedKind::Mismatch, reason));
+            }
+            _ => {
+                self.usable()?;
+                let reason = format!("a payload of {given} bytes without its header");
+                return Err(self.rejected(RejectedKind::OutOfTurn, reason));
+            }
+        }
+        self.finish(parts, wait)
+    }
+
+    /// Closes this end after a whole message: the receiver reads what was sent and then gets `Closed`. With a
+    /// message in progress the receiver gets `Lost` instead. Dropping does the same. Blocks for up to 5 s while the
+    /// receiver's window is full, and over RDMA until what was sent is in its memory; not after [`Cancel::cancel`].
+    pub fn close(&mut self) {
+        let whole = match self.state {
+            State::Closed => return,
+            State::Idle => self.say_goodbye(),
+            State::Begun { .. } | State::Owing { .. } | State::Lost(_) => false,
+        };
+        self.transport.close(whole);
+        if !matches!(self.state, State::Lost(_)) {
+            self.state = State::Closed;
+            self.probe.enter(Phase::Closed);
+        }
+    }
+
+    pub(crate) const fn limits(&self) -> PeerLimits {
+        self.limits
+    }
+
+    /// Gives the link up.
+    pub(crate) fn abandon(&mut self, error: TransportError) -> SendError {
+        self.lose(error)
+    }
+
+    /// Encodes a message; nothing is sent yet.
+    pub(crate) fn begin(&mut self, tensors: &[TensorRef<'_>], extra: Extra<'_>) -> Result<u64, SendError> {
+        self.begin_specs(tensors.iter().map(|t| (t.spec, Some(t.data.len() as u64))), extra)
+    }
+
+    /// Moves what can be moved without waiting of the message that `begin` encoded. True: it has left.
+    pub(crate) fn advance(&mut self, parts: &[&[u8]]) -> Result<bool, SendError> {
+        let State::Begun { payload, .. } = self.state else { return Ok(true) };
+        let checksum = self.checksum(parts);
+        let body = Scatter::with_tail(parts, checksum.as_ref().map_or(&[], |c| c.as_slice()));
+        let done = self.write(&body)?;
+        if done {
+            self.complete(payload);
+        }
+        Ok(done)
+    }
+
+    /// Waits until the message in progress has left.
+    pub(crate) fn finish(&mut self, parts: &[&[u8]], wait: &Wait<'_>) -> Result<(), SendError> {
+        let payload = match self.state {
+            State::Begun { payload, .. } | State::Owing { payload } => payload,
+            State::Idle | State::Closed | State::Lost(_) => return self.usable(),
+        };
+        let checksum = self.checksum(parts);
+        let body = Scatter::with_tail(parts, checksum.as_ref().map_or(&[], |c| c.as_slice()));
+        self.pump(&body, wait)?;
+        self.complete(payload);
+        Ok(())
+    }
+
+    fn begin_specs<'a>(
+        &mut self,
+        specs: impl ExactSizeIterator<Item = (TensorSpec<'a>, Option<u64>)>,
+        extra: Extra<'_>,
+    ) -> Result<u64, SendError> {
+        self.usable()?;
+        if let State::Owing { payload } | State::Begun { payload, .. } = self.state {
+            let reason = format!("the message before still owes its payload of {payload} bytes");
+            return Err(self.rejected(RejectedKind::OutOfTurn, reason));
+        }
+        let payload = encode(self.name, self.limits, specs, extra.bytes, &mut self.schema)?;
+        let slot = self.schemas.place(&self.schema);
+        let header = Header {
+            kind: Kind::Data,
+            sequence: self.sequence,
+            tag: extra.tag,
+            payload,
+            slot: slot.number,
+            schema: if slot.is_new { self.schema.len() as u32 } else { 0 },
+            checksum: self.verify,
+        };
+        self.head.clear();
+        self.head.extend_from_slice(&header.encode());
+        if slot.is_new {
+            self.head.extend_from_slice(&self.schema);
+        }
+        self.cursor = Cursor::default();
+        self.state = State::Begun { payload, slot };
+        self.probe.enter(Phase::Sending);
+        Ok(payload)
+    }
+
+    fn pump(&mut self, body: &Scatter<'_>, wait: &Wait<'_>) -> Result<(), SendError> {
+        if self.write(body)? {
+            return Ok(());
+        }
+        let mut spin_until = if wait.is_poll() { None } else { self.spin.begin() };
+        loop {
+            if !self.spin.again(&mut spin_until) {
+                match wait.next_slice(&self.cancel) {
+                    Ok(slice) => self.transport.wait(slice).map_err(|e| self.lose(e))?,
+                    Err(stop) => return Err(self.stopped(stop, body)),
+                }
+            }
+            if self.write(body)? {
+                return Ok(());
+            }
+        }
+    }
+
+    fn write(&mut self, body: &Scatter<'_>) -> Result<bool, SendError> {
+        self.transport.write(&self.head, body, &mut self.cursor).map_err(|e| self.lose(e))
+    }
+
+    fn stopped(&mut self, stop: Stop, body: &Scatter<'_>) -> SendError {
+        match self.state {
+            State::Begun { slot, .. } if self.cursor.is_at_start() => {
+                self.schemas.forget(slot);
+                self.state = State::Idle;
+                self.probe.enter(Phase::Idle);
+                SendError::Stopped { link: self.name, sequence: self.sequence, stop }
+            }
+            // The header has left and all of the payload is still here: the call can be made again.
+            State::Owing { .. } if self.cursor.body == 0 => {
+                SendError::Stopped { link: self.name, sequence: self.sequence, stop }
+            }
+            _ => {
+                let cause = format!(
+                    "sending {stop} after {} of {} bytes",
+                    self.cursor.head as u64 + self.cursor.body,
+                    self.head.len() as u64 + body.len()
+                );
+                self.lose(TransportError { kind: LostKind::Abandoned, cause })
+            }
+        }
+    }
+
+    fn complete(&mut self, payload: u64) {
+        self.sequence += 1;
+        self.state = State::Idle;
+        self.probe.moved(payload);
+        self.probe.enter(Phase::Idle);
+    }
+
+    const fn body_len(&self, payload: u64) -> u64 {
+        if self.verify { payload + 4 } else { payload }
+    }
+
+    fn checksum(&self, parts: &[&[u8]]) -> Option<[u8; 4]> {
+        self.verify.then(|| {
+            let mut crc = crc32fast::Hasher::new();
+            parts.iter().for_each(|part| crc.update(part));
+            crc.finalize().to_le_bytes()
+        })
+    }
+
+    fn usable(&self) -> Result<(), SendError> {
+        match &self.state {
+            State::Closed => Err(SendError::Closed { link: self.name }),
+            State::Lost(lost) => Err(lost.clone().into()),
+            State::Idle | State::Begun { .. } | State::Owing { .. } => Ok(()),
+        }
+    }
+
+    fn rejected(&self, kind: RejectedKind, reason: String) -> SendError {
+        Rejected { link: self.name, kind, reason }.into()
+    }
+
+    fn lose(&mut self, error: TransportError) -> SendError {
+        let lost = Lost { link: self.name, sequence: self.sequence, kind: error.kind, cause: error.cause };
+        self.transport.close(false);
+        self.state = State::Lost(lost.clone());
+        self.probe.enter(Phase::Lost);
+        lost.into()
+    }
+
+    /// The last header. A receiver that is full to the brim gets a little time to make room for it; if it does not,
+    /// it learns of the end by the end of the stream.
+    fn say_goodbye(&mut self) -> bool {
+        let header = Header {
+            kind: Kind::Goodbye,
+            sequence: self.sequence,
+            tag: 0,
+            payload: 0,
+            slot: 0,
+            schema: 0,
+            checksum: false,
+        };
+        let (head, wait, mut cursor) = (header.encode(), Wait::at_most(GOODBYE), Cursor::default());
+        loop {
+            match self.transport.write(&head, &Scatter::EMPTY, &mut cursor) {
+                Ok(true) => return true,
+                Err(_) => return false,
+                Ok(false) => {}
+            }
+            let Ok(slice) = wait.next_slice(&self.cancel) else { return false };
+            if self.transport.wait(slice).is_err() {
+                return false;
+            }
+        }
+    }
+}
+
+/// Lists the tensors' slices, on the stack when they are few.
+pub(crate) fn with_parts<R>(tensors: &[TensorRef<'_>], run: impl FnOnce(&[&[u8]]) -> R) -> R {
+    let mut inline: [&[u8]; INLINE_PARTS] = [&[]; INLINE_PARTS];
+    if let Some(parts) = inline.get_mut(..tensors.len()) {
+        parts.iter_mut().zip(tensors).for_each(|(part, tensor)| *part = tensor.data);
+        return run(parts);
+    }
+    run(&tensors.iter().map(|tensor| tensor.data).collect::<Vec<_>>())
+}
+
+impl Drop for SendLink {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+impl fmt::Debug for SendLink {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SendLink").field("name", &self.name).field("probe", &self.probe).finish_non_exhaustive()
+    }
+}
