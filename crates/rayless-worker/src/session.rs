@@ -17,7 +17,7 @@ use std::{
         fd::{AsFd, BorrowedFd, OwnedFd},
         unix::net::UnixStream,
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 /// Read at once.
@@ -26,6 +26,8 @@ const CHUNK: usize = 64 << 10;
 pub(crate) const OUTPUT_SOFT_LIMIT: usize = 256 << 10;
 /// Descriptors a peer may leave with us untaken.
 const MAX_UNTAKEN_FDS: usize = 8;
+/// Past the moment at which a silent peer's time is up, so that a look at it finds it over.
+pub(crate) const JUST_AFTER: Duration = Duration::from_millis(1);
 /// Bytes of an event, a cause or a line.
 const MAX_SMALL: usize = 1 << 20;
 

@@ -11,7 +11,7 @@ use crate::{
     client::LocalClient,
     event,
     ring::{AskedSet, CallWriter, Record, ReplyReader, Ring, RingError},
-    session::{Frame, OUTPUT_SOFT_LIMIT, Session, SessionError, plain_header},
+    session::{Frame, JUST_AFTER, OUTPUT_SOFT_LIMIT, Session, SessionError, plain_header},
 };
 use rayless_proto::{
     codec,
@@ -555,9 +555,16 @@ impl Core {
     }
 
     /// Each half second: pings, and a look at each peer's last sign of life.
-    pub(super) fn tick(&mut self, now: Instant, due: Instant) {
+    pub(super) fn tick(&mut self, now: Instant, due: Instant) -> Instant {
         let slept = now.duration_since(due) > OBSERVER_LATE;
+        let mut next = now + HEARTBEAT_PERIOD;
         for index in 0..self.peers.len() {
+            if self.silence(index, now) > self.dead_after {
+                // Whoever was to read may have been kept from it.
+                if let Err(error) = self.receive(index) {
+                    self.lose(index, &error);
+                }
+            }
             let verdict = self.verdicts.get(&self.peers[index].node);
             let peer = &mut self.peers[index];
             let Some(session) = &mut peer.session else { continue };
@@ -565,9 +572,10 @@ impl Core {
                 // It was this process that slept: the peer may have spoken all the while.
                 session.heard = now;
             }
-            let silence = now.duration_since(session.heard);
+            let silence = now.saturating_duration_since(session.heard);
             let patience = if peer.local || matches!(verdict, Some((NodeState::Alive, _))) { 3 } else { 1 };
-            if silence > self.dead_after * patience {
+            let limit = self.dead_after * patience;
+            if silence > limit {
                 let mut cause = format!("silent for {:.1} s", silence.as_secs_f64());
                 if let Some((state, why)) = verdict.filter(|(state, _)| *state != NodeState::Alive) {
                     cause = format!("{cause}, {} for the head", state.name());
@@ -578,11 +586,21 @@ impl Core {
                 self.lose(index, &SessionError::Protocol(cause));
                 continue;
             }
+            // The look that finds it silent for too long comes at that moment, not up to half a second later.
+            next = next.min(session.heard + limit + JUST_AFTER);
             if now.duration_since(session.spoke) >= HEARTBEAT_PERIOD / 2 {
                 session.queue_ping();
             }
             self.send_to(index);
         }
+        next
+    }
+
+    fn silence(&self, index: usize, now: Instant) -> Duration {
+        self.peers[index]
+            .session
+            .as_ref()
+            .map_or(Duration::ZERO, |session| now.saturating_duration_since(session.heard))
     }
 
     pub(super) fn take_verdicts(&mut self) {

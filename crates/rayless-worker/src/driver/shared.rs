@@ -244,8 +244,7 @@ impl Shared {
             let mut state = self.lock();
             let now = Instant::now();
             if now >= tick {
-                state.core.tick(now, tick);
-                tick = now + HEARTBEAT_PERIOD;
+                tick = state.core.tick(now, tick);
             }
             state.core.expire(now);
             if !state.leading {

@@ -5,7 +5,7 @@
 use crate::{
     event,
     ring::{AskedSet, CallWriter, Record, ReplyReader, Ring, RingError, timespec},
-    session::{Frame, OUTPUT_SOFT_LIMIT, Session, SessionError, plain_header},
+    session::{Frame, JUST_AFTER, OUTPUT_SOFT_LIMIT, Session, SessionError, plain_header},
     spin::Spin,
 };
 use rayless_proto::{
@@ -212,8 +212,7 @@ impl Step {
             };
             let now = Instant::now();
             if now >= tick {
-                self.tick(now, tick);
-                tick = now + HEARTBEAT_PERIOD;
+                tick = self.tick(now, tick);
             }
             readable = if worked { self.spin() } else { false };
             if !readable && !worked {
@@ -480,10 +479,12 @@ impl Step {
         ready
     }
 
-    /// Each half second: a ping where nothing else was said, and a look at the driver's last sign of life.
-    fn tick(&mut self, now: Instant, due: Instant) {
+    /// Each half second: a ping where nothing else was said, and a look at the driver's last sign of life. Returns when to look again:
+    /// sooner where the driver's time is up before.
+    fn tick(&mut self, now: Instant, due: Instant) -> Instant {
         self.hold = false;
-        let Some(session) = &mut self.session else { return };
+        let next = now + HEARTBEAT_PERIOD;
+        let Some(session) = &mut self.session else { return next };
         if now.duration_since(session.spoke) >= HEARTBEAT_PERIOD / 2 {
             session.queue_ping();
         }
@@ -492,11 +493,19 @@ impl Step {
             session.heard = now;
         }
         let patience = if self.local || self.verdict == Some(NodeState::Alive) { 3 } else { 1 };
+        let limit = self.setup.dead_after * patience;
         let silence = now.duration_since(session.heard);
-        if silence > self.setup.dead_after * patience {
-            let cause = format!("no sign of life from it for {:.1} s", silence.as_secs_f64());
-            self.lose(&SessionError::Protocol(cause));
+        if silence <= limit {
+            return next.min(session.heard + limit + JUST_AFTER);
         }
+        let cause = format!("no sign of life from it for {:.1} s", silence.as_secs_f64());
+        // Should it only have slept, it finds this when it wakes.
+        let cause_told = format!("lost its driver: {cause}");
+        let told = KeeperEvent::Failed { rank: None, cause: cause_told, tail: String::new() };
+        session.queue(plain_header(Kind::Event), &[&codec::encode(&told)]);
+        let _ = session.flush();
+        self.lose(&SessionError::Protocol(cause));
+        next
     }
 
     fn lose(&mut self, error: &SessionError) {
