@@ -8,6 +8,7 @@ use rayless_proto::{
     limits::{MAX_FRAGMENT, MAX_LOCAL_MESSAGE, MAX_WORLD_SIZE},
     v1::step::{FLAG_LAST, HEADER, Header, Kind},
 };
+use rustix::net::sockopt;
 use rustls::Connection;
 use std::{
     collections::VecDeque,
@@ -293,6 +294,14 @@ impl Session {
         let payload = payload.to_vec();
         self.taken = start + length;
         Ok(Some(Frame { header, payload }))
+    }
+
+    /// From here on its end is told to the peer by a reset. An orderly end waits its turn behind what the peer has not acknowledged:
+    /// where only this side's packets arrive, the peer would never learn of it.
+    pub(crate) fn end_by_reset(&self) {
+        if let Stream::Tls { socket, .. } = &self.stream {
+            let _ = sockopt::set_socket_linger(socket, Some(Duration::ZERO));
+        }
     }
 
     /// Queues a ping.

@@ -583,6 +583,7 @@ impl Core {
                         cause = format!("{cause} ({why})");
                     }
                 }
+                session.end_by_reset();
                 self.lose(index, &SessionError::Protocol(cause));
                 continue;
             }

@@ -504,6 +504,7 @@ impl Step {
         let told = KeeperEvent::Failed { rank: None, cause: cause_told, tail: String::new() };
         session.queue(plain_header(Kind::Event), &[&codec::encode(&told)]);
         let _ = session.flush();
+        session.end_by_reset();
         self.lose(&SessionError::Protocol(cause));
         next
     }
