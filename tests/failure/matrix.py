@@ -205,6 +205,7 @@ def main() -> int:
     options.add_argument("--only", default="", help="cells whose name (fault-moment) contains this")
     options.add_argument("--repeats", type=int, help="of each cell, instead of its own number")
     options.add_argument("--out", type=Path, default=RESULTS.parent, help="folder of failure-matrix.json and .md")
+    options.add_argument("--note", default="", help="a sentence on the page: the machine, what else ran on it")
     options.add_argument("--logs", type=Path, default=Path("target", "failure-logs"), help="where logs of problems go")
     given = options.parse_args()
     found: dict[str, Cell] = {}
@@ -230,7 +231,7 @@ def main() -> int:
                 stage.close()
                 stage = None
             given.out.mkdir(parents=True, exist_ok=True)
-            write(file, list(found.values()))
+            write(file, list(found.values()), given.note)
     finally:
         if stage:
             stage.close()
@@ -249,13 +250,13 @@ def summary(cell: Cell) -> str:
     return " ".join(words)
 
 
-def write(file: Path, found: list[Cell]) -> None:
+def write(file: Path, found: list[Cell], note: str = "") -> None:
     """The measured numbers, and the page made of them."""
     import page
 
     order = {f"{fault.name}-{moment}": index for index, (fault, moment) in enumerate(cells())}
     found = sorted((c for c in found if f"{c.fault}-{c.moment}" in order), key=lambda c: order[f"{c.fault}-{c.moment}"])
-    record = {"date": time.strftime("%Y-%m-%d"), "cells": [asdict(cell) for cell in found]}
+    record = {"date": time.strftime("%Y-%m-%d"), "note": note, "cells": [asdict(cell) for cell in found]}
     file.write_text(json.dumps(record, indent=1) + "\n")
     file.with_suffix(".md").write_text(page.text(record, FAULTS))
 

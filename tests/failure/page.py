@@ -18,6 +18,10 @@ until the last process of the group is gone on both hosts; what is stopped or cu
 mended) until both nodes are alive and a group answers. Median and maximum of n repeats. After every repeat it was checked
 that nothing is left: no process, no memfd, no socket file, no port.
 
+A stopped (not dead) process on a node for which the head vouches is given three times `--dead-after`: a false alarm costs a reload of the model. Not played here: vLLM's
+own processes (`tests/vllm` has those), GPU memory (no GPU on the test machine), a wall clock that jumps (every timer is monotonic; only event times and certificate
+dates, which are back-dated by 48 h, come from the wall clock).
+
 """
 
 
@@ -25,6 +29,8 @@ def text(record: dict[str, Any], faults: Sequence[Fault]) -> str:
     by_name = {fault.name: fault for fault in faults}
     cells = record["cells"]
     out = [HEAD.format(date=record["date"])]
+    if record["note"]:
+        out.append(f"{record['note']}\n\n")
     ends = [cell for cell in cells if by_name[cell["fault"]].leads_to == "ends"]
     out.append(
         "## What ends a group\n\n| fault | moment | n | told | gone | back | who notices |\n|---|---|---|---|---|---|---|\n"

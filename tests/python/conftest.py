@@ -71,8 +71,10 @@ class Cluster:
 
     def driver(self, code: str, *, run_dir: str | None = None, **env: str) -> subprocess.Popen[str]:
         """A driver of its own process, with its output in pipes."""
+        # A shell starts what it puts in the background with SIGINT ignored, and that is inherited.
+        hears_ctrl_c = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         return subprocess.Popen(
-            [sys.executable, "-c", code],
+            [sys.executable, "-c", hears_ctrl_c + code],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
