@@ -45,7 +45,7 @@ site: ## the wheel of this tree, installed into target/site
 wheel: ## the wheel to give away (manylinux_2_28), into dist/
 	@tests/setup/wheel
 
-bench: ## the figures of BENCHMARKS in README.md, each beside its rival in the same sitting
+bench: ## the figures in README.md, each beside its rival in the same sitting
 	@benches/run
 
 deny: ## licences, bans and sources of all dependencies
