@@ -25,6 +25,8 @@ pub enum RejectedKind {
     TooLarge,
     /// Sizes, shapes and buffers that contradict each other.
     Mismatch,
+    /// A GPU that cannot be used, or memory that is not in it.
+    Device,
     /// A call that does not fit the state of the link (a payload without its header).
     OutOfTurn,
 }

@@ -11,6 +11,19 @@ pub(crate) enum Kind {
     Data,
     /// Nothing: the sender closed its end.
     Goodbye,
+    /// Perhaps a description; the payload, which is in a GPU's memory, comes by another way.
+    Device(DevicePath),
+    /// A part of the payload of the device message before: `tag` is its number, `payload` its bytes.
+    Chunk,
+}
+
+/// How the payload of a message in device memory travels.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum DevicePath {
+    /// Staged in pinned host memory, as chunks behind the header on the same link.
+    Chunks,
+    /// From GPU to GPU through slots that both processes map; no host sees it.
+    Slots,
 }
 
 /// A header's fields.
@@ -39,6 +52,9 @@ impl Header {
         out[4] = match self.kind {
             Kind::Data => 1,
             Kind::Goodbye => 2,
+            Kind::Device(DevicePath::Chunks) => 3,
+            Kind::Device(DevicePath::Slots) => 4,
+            Kind::Chunk => 5,
         };
         out[5] = u8::from(self.checksum);
         out[6..8].copy_from_slice(&self.slot.to_le_bytes());
@@ -65,6 +81,9 @@ impl Header {
         let kind = match body[4] {
             1 => Kind::Data,
             2 => Kind::Goodbye,
+            3 => Kind::Device(DevicePath::Chunks),
+            4 => Kind::Device(DevicePath::Slots),
+            5 => Kind::Chunk,
             _ => return None,
         };
         Some(Self {

@@ -26,7 +26,9 @@
 //! | `Lost` | lost for good; every later call returns the same cause |
 
 mod accept;
+mod backoff;
 mod config;
+pub mod cuda;
 mod dtype;
 mod error;
 mod greeting;
@@ -37,6 +39,7 @@ mod prove;
 mod queue;
 pub mod rdma;
 mod recv;
+mod recv_queue;
 mod scatter;
 pub mod select;
 mod send;
@@ -53,12 +56,14 @@ pub use config::LinkConfig;
 pub use dtype::{DType, DTypeSet, UnknownDType};
 pub use error::{EstablishError, Lost, LostKind, RecvError, Rejected, RejectedKind, SendError, TransportError};
 pub use greeting::MAX_STREAMS;
+pub use header::DevicePath;
 pub use name::{LinkName, Ticket};
 pub use probe::{Phase, Probe};
-pub use queue::{OwnedTensor, SendHandle, SendQueue};
+pub use queue::{DevicePayload, OwnedTensor, SendHandle, SendQueue, Source};
 pub use recv::{Announced, RecvLink};
+pub use recv_queue::{RecvQueue, Sink};
 pub use scatter::{Scatter, ScatterMut};
-pub use send::SendLink;
+pub use send::{CHUNK, SendLink};
 pub use tensor::{Extra, MAX_SCHEMA, Schema, TensorMeta, TensorRef, TensorSpec};
 pub use transport::Level;
 pub use wait::{Cancel, Stop, Wait, Wake};

@@ -2,15 +2,19 @@
 //!
 //! A message that the transport takes at once leaves in the caller's thread, which costs nothing more than
 //! `SendLink::send`. Only what does not fit is handed, with everything behind it, to the queue's thread, which is
-//! started when first needed and sleeps while there is nothing to do.
+//! started when first needed and sleeps while there is nothing to do. A message whose payload is still being computed on a
+//! GPU leaves in two halves: its header in the caller's thread, its payload by the queue's thread as a [`Source`] has it.
 
 use crate::{
+    backoff::Backoff,
     dtype::DType,
-    error::{LostKind, SendError, TransportError},
+    error::{Lost, LostKind, SendError, TransportError},
+    header::DevicePath,
     name::LinkName,
     probe::Probe,
     send::{SendLink, with_parts},
     tensor::{Extra, PeerLimits, TensorRef, TensorSpec, encode},
+    transport::SharedPage,
     wait::{Cancel, Wait},
 };
 use std::{
@@ -44,6 +48,24 @@ impl fmt::Debug for OwnedTensor {
     }
 }
 
+/// Where the payload of a device message comes from, piece by piece, as it becomes ready.
+pub trait Source: Send {
+    /// The next bytes, at most [`CHUNK`](crate::CHUNK) of them; `None`: they are not ready yet. Does not wait. The same bytes are given until
+    /// [`Source::taken`]. An error (one line of cause) loses the link.
+    fn ready(&mut self) -> Result<Option<&[u8]>, String>;
+
+    /// The bytes given last have left, and their place may be used again.
+    fn taken(&mut self);
+}
+
+/// A device message's payload, for [`SendQueue::isend_device`].
+pub enum DevicePayload {
+    /// As chunks on this link.
+    Chunks(Box<dyn Source>),
+    /// By a way of its own.
+    Slots,
+}
+
 /// The sending end of a link, with a queue in front.
 pub struct SendQueue {
     shared: Arc<Shared>,
@@ -51,6 +73,7 @@ pub struct SendQueue {
     limits: PeerLimits,
     cancel: Cancel,
     probe: Arc<Probe>,
+    page: Option<SharedPage>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -72,11 +95,41 @@ struct State {
 }
 
 struct Job {
-    tensors: Vec<OwnedTensor>,
+    what: What,
     tag: u64,
     extra: Vec<u8>,
     /// Part of it may have left in the caller's thread.
     begun: bool,
+}
+
+enum What {
+    Host(Vec<OwnedTensor>),
+    Device { specs: Vec<OwnedSpec>, payload: DevicePayload },
+}
+
+struct OwnedSpec {
+    name: String,
+    dtype: DType,
+    shape: Vec<u64>,
+}
+
+impl OwnedSpec {
+    fn new(spec: &TensorSpec<'_>) -> Self {
+        Self { name: spec.name.to_owned(), dtype: spec.dtype, shape: spec.shape.to_vec() }
+    }
+
+    fn spec(&self) -> TensorSpec<'_> {
+        TensorSpec { name: &self.name, dtype: self.dtype, shape: &self.shape, strides: None }
+    }
+}
+
+impl DevicePayload {
+    const fn path(&self) -> DevicePath {
+        match self {
+            Self::Chunks(_) => DevicePath::Chunks,
+            Self::Slots => DevicePath::Slots,
+        }
+    }
 }
 
 impl SendQueue {
@@ -96,6 +149,7 @@ impl SendQueue {
             limits: link.limits(),
             cancel: link.canceller(),
             probe: link.probe(),
+            page: link.shared_page(),
             shared: Arc::new(Shared {
                 state: Mutex::new(State { link: Some(link), ..state }),
                 changed: Condvar::new(),
@@ -148,26 +202,100 @@ impl SendQueue {
             let specs = tensors.iter().map(|t| (t.spec, Some(t.data.len() as u64)));
             encode(self.name, self.limits, specs, extra.bytes, &mut state.scratch)?;
         }
-        if self.thread.is_none() {
-            let shared = Arc::clone(&self.shared);
-            let name = format!("rl-link-{}", self.name.to);
-            match (std::thread::Builder::new().name(name).spawn(move || shared.run()), &mut state.link) {
-                (Ok(thread), _) => self.thread = Some(thread),
-                // The thread is started with the first message that needs it, so the link is here.
-                (Err(error), Some(link)) => {
-                    let error = link.abandon(TransportError::system("starting the link's thread", error));
-                    state.failed = Some(error.clone());
-                    return Err(error);
-                }
-                (Err(_), None) => return Err(SendError::Closed { link: self.name }),
-            }
-        }
-        state.jobs.push_back(Job { tensors: own(), tag: extra.tag, extra: extra.bytes.to_vec(), begun });
+        start_thread(&mut self.thread, &self.shared, self.name, state)?;
+        let job = Job { what: What::Host(own()), tag: extra.tag, extra: extra.bytes.to_vec(), begun };
+        state.jobs.push_back(job);
         state.accepted += 1;
         let number = state.accepted - 1;
         drop(guard);
         self.shared.changed.notify_all();
         Ok(self.handle(number))
+    }
+
+    /// Sends a message whose payload lies in a GPU's memory. Its header leaves now if the link is free. `payload` is
+    /// asked, once the message has passed its checks and as its header leaves, to start the payload on its way by `path`; an
+    /// error of it (one line of cause) loses the link, for the receiver may know the header already.
+    pub fn isend_device(
+        &mut self,
+        specs: &[TensorSpec<'_>],
+        extra: Extra<'_>,
+        path: DevicePath,
+        payload: impl FnOnce() -> Result<DevicePayload, String>,
+    ) -> Result<SendHandle, SendError> {
+        let mut guard = self.shared.lock();
+        let state = &mut *guard;
+        if let Some(error) = &state.failed {
+            return Err(error.clone());
+        }
+        let free = state.link.is_some() && state.jobs.is_empty();
+        let mut left = false;
+        match &mut state.link {
+            Some(link) if free => {
+                link.begin_device(specs.iter().copied(), extra, path)?;
+                match link.advance(&[]) {
+                    Ok(done) => left = done,
+                    Err(error) => {
+                        state.failed = Some(error.clone());
+                        return Err(error);
+                    }
+                }
+            }
+            _ => {
+                encode(self.name, self.limits, specs.iter().map(|s| (*s, None)), extra.bytes, &mut state.scratch)?;
+            }
+        }
+        let payload = match payload() {
+            Ok(payload) if payload.path() == path => payload,
+            other => {
+                let cause = other.err().unwrap_or_else(|| "the payload took another way than its header says".to_owned());
+                let error = self.give_up(state, cause);
+                drop(guard);
+                self.shared.changed.notify_all();
+                return Err(error);
+            }
+        };
+        if left && matches!(payload, DevicePayload::Slots) {
+            state.accepted += 1;
+            state.left += 1;
+            return Ok(self.handle(state.left - 1));
+        }
+        start_thread(&mut self.thread, &self.shared, self.name, state)?;
+        let specs = specs.iter().map(OwnedSpec::new).collect();
+        let what = What::Device { specs, payload };
+        state.jobs.push_back(Job { what, tag: extra.tag, extra: extra.bytes.to_vec(), begun: free });
+        state.accepted += 1;
+        let number = state.accepted - 1;
+        drop(guard);
+        self.shared.changed.notify_all();
+        Ok(self.handle(number))
+    }
+
+    /// Loses the link for a cause found here. While the thread is sending it holds the link, and finds out by `cancel`.
+    fn give_up(&self, state: &mut State, cause: String) -> SendError {
+        let error = match &mut state.link {
+            Some(link) => link.abandon(TransportError { kind: LostKind::System, cause }),
+            None => {
+                self.cancel.cancel();
+                let lost = Lost { link: self.name, sequence: state.accepted, kind: LostKind::System, cause };
+                lost.into()
+            }
+        };
+        state.failed.get_or_insert(error).clone()
+    }
+
+    /// The page for GPUs, where both ends are on one host.
+    pub(crate) fn shared_page(&self) -> Option<SharedPage> {
+        self.page.clone()
+    }
+
+    /// The link's name.
+    pub const fn name(&self) -> LinkName {
+        self.name
+    }
+
+    /// Cancels the sending from other threads; that loses the link when a message is under way.
+    pub fn canceller(&self) -> Cancel {
+        self.cancel.clone()
     }
 
     /// Waits until everything has left, then closes the link in order. Gives false when the wait ended before that:
@@ -205,7 +333,7 @@ impl Shared {
             if state.closing {
                 return;
             }
-            let (Some(mut link), Some(job)) = (state.link.take(), state.jobs.pop_front()) else { return };
+            let (Some(mut link), Some(mut job)) = (state.link.take(), state.jobs.pop_front()) else { return };
             drop(state);
             let sent = job.send(&mut link);
             let mut state = self.lock();
@@ -213,10 +341,12 @@ impl Shared {
             match sent {
                 Ok(()) => state.left += 1,
                 Err(error) => {
-                    state.failed = Some(error);
+                    state.failed.get_or_insert(error);
                     state.jobs.clear();
                 }
             }
+            // Dropped before anybody learns that it is done: its tensors may then be written again.
+            drop(job);
             drop(state);
             self.changed.notify_all();
         }
@@ -224,14 +354,75 @@ impl Shared {
 }
 
 impl Job {
-    fn send(&self, link: &mut SendLink) -> Result<(), SendError> {
-        let tensors: Vec<TensorRef<'_>> =
-            self.tensors.iter().map(|t| TensorRef { spec: t.spec(), data: (*t.data).as_ref() }).collect();
-        if !self.begun {
-            link.begin(&tensors, Extra { tag: self.tag, bytes: &self.extra })?;
+    fn send(&mut self, link: &mut SendLink) -> Result<(), SendError> {
+        let extra = Extra { tag: self.tag, bytes: &self.extra };
+        match &mut self.what {
+            What::Host(tensors) => {
+                let tensors: Vec<TensorRef<'_>> =
+                    tensors.iter().map(|t| TensorRef { spec: t.spec(), data: (*t.data).as_ref() }).collect();
+                if !self.begun {
+                    link.begin(&tensors, extra)?;
+                }
+                with_parts(&tensors, |parts| link.finish(parts, &Wait::forever()))
+            }
+            What::Device { specs, payload } => {
+                if !self.begun {
+                    link.begin_device(specs.iter().map(OwnedSpec::spec), extra, payload.path())?;
+                }
+                link.finish(&[], &Wait::forever())?;
+                match payload {
+                    DevicePayload::Chunks(source) => send_chunks(link, &mut **source),
+                    DevicePayload::Slots => Ok(()),
+                }
+            }
         }
-        with_parts(&tensors, |parts| link.finish(parts, &Wait::forever()))
     }
+}
+
+/// Sends what `source` has, as it has it, until the announced payload is whole.
+fn send_chunks(link: &mut SendLink, source: &mut dyn Source) -> Result<(), SendError> {
+    let mut backoff = Backoff::default();
+    while link.owes_chunks() {
+        match source.ready() {
+            Ok(Some(bytes)) => {
+                link.send_chunk(bytes, &Wait::forever())?;
+                source.taken();
+                backoff = Backoff::default();
+            }
+            Ok(None) => {
+                // Nobody wakes us when the GPU is done, so this looks; the look is at a word in memory.
+                link.check_cancelled()?;
+                backoff.pause();
+            }
+            Err(cause) => return Err(link.abandon(TransportError { kind: LostKind::System, cause })),
+        }
+    }
+    Ok(())
+}
+
+/// Starts the queue's thread if it does not run yet.
+fn start_thread(
+    thread: &mut Option<JoinHandle<()>>,
+    shared: &Arc<Shared>,
+    name: LinkName,
+    state: &mut State,
+) -> Result<(), SendError> {
+    if thread.is_some() {
+        return Ok(());
+    }
+    let shared = Arc::clone(shared);
+    let builder = std::thread::Builder::new().name(format!("rl-link-{}", name.to));
+    match (builder.spawn(move || shared.run()), &mut state.link) {
+        (Ok(started), _) => *thread = Some(started),
+        // The thread is started with the first message that needs it, so the link is here.
+        (Err(error), Some(link)) => {
+            let error = link.abandon(TransportError::system("starting the link's thread", error));
+            state.failed = Some(error.clone());
+            return Err(error);
+        }
+        (Err(_), None) => return Err(SendError::Closed { link: name }),
+    }
+    Ok(())
 }
 
 /// One accepted message.

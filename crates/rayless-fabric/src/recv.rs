@@ -3,13 +3,14 @@
 use crate::{
     config::LinkConfig,
     error::{Lost, LostKind, RecvError, Rejected, RejectedKind, TransportError},
-    header::{HEADER, Header, Kind},
+    header::{DevicePath, HEADER, Header, Kind},
     name::LinkName,
     probe::{Phase, Probe},
     scatter::ScatterMut,
+    send::CHUNK,
     spin::Spin,
     tensor::{MAX_SCHEMA, ReceivedSchemas, Schema},
-    transport::{Counters, Inbound, Level},
+    transport::{Counters, Inbound, Level, SharedPage},
     wait::{Cancel, Stop, Wait},
 };
 use std::{fmt, sync::Arc};
@@ -23,6 +24,8 @@ pub struct Announced {
     pub tag: u64,
     /// The tensors' forms and the sender's extra bytes.
     pub schema: Arc<Schema>,
+    /// How the payload travels when it was in a GPU's memory at the sender; `None`: it was in host memory.
+    pub device: Option<DevicePath>,
 }
 
 /// The receiving end of a link.
@@ -50,8 +53,27 @@ enum State {
     Schema(Header),
     /// The payload is due.
     Payload(Header, Arc<Schema>),
+    /// A device message's payload is due, all but what came in chunks so far.
+    Device { header: Header, schema: Arc<Schema>, path: DevicePath, chunks: Chunks },
     Closed,
     Lost(Lost),
+}
+
+/// How far the chunks of a device message have come.
+#[derive(Clone, Copy)]
+struct Chunks {
+    /// Bytes that have not come, and the number of the next chunk.
+    left: u64,
+    number: u64,
+    /// The header of the chunk in progress, and what of its body has come.
+    current: Option<(Header, u64)>,
+    trailer: [u8; 4],
+}
+
+impl Chunks {
+    const fn new(left: u64) -> Self {
+        Self { left, number: 0, current: None, trailer: [0; 4] }
+    }
 }
 
 impl RecvLink {
@@ -113,8 +135,9 @@ impl RecvLink {
             self.probe.enter(Phase::AwaitingHeader);
             self.pump(wait, Self::advance_header)?;
         }
-        let (header, schema) = match &self.state {
-            State::Payload(header, schema) => (*header, Arc::clone(schema)),
+        let (header, schema, device) = match &self.state {
+            State::Payload(header, schema) => (*header, Arc::clone(schema), None),
+            State::Device { header, schema, path, .. } => (*header, Arc::clone(schema), Some(*path)),
             State::Lost(lost) => return Err(lost.clone().into()),
             State::Header | State::Schema(_) | State::Closed => {
                 return Err(RecvError::Closed { link: self.name, messages: self.sequence });
@@ -127,7 +150,7 @@ impl RecvLink {
             );
             return Err(self.lose(TransportError { kind: LostKind::Crossed, cause }));
         }
-        Ok(Announced { sequence: header.sequence, tag: header.tag, schema })
+        Ok(Announced { sequence: header.sequence, tag: header.tag, schema, device })
     }
 
     /// Reads the announced payload into `parts`, one per tensor and of its size.
@@ -137,6 +160,9 @@ impl RecvLink {
     pub fn recv_payload(&mut self, parts: &mut [&mut [u8]], wait: &Wait<'_>) -> Result<(), RecvError> {
         let header = self.check_parts(parts)?;
         self.probe.enter(Phase::AwaitingPayload);
+        if matches!(self.state, State::Device { .. }) {
+            return self.recv_chunks(parts, wait);
+        }
         let mut trailer = [0u8; 4];
         let mut filled = 0u64;
         let tail: &mut [u8] = if header.checksum { &mut trailer } else { &mut [] };
@@ -165,6 +191,154 @@ impl RecvLink {
         Ok(())
     }
 
+    /// Reads the next chunk of the announced device message to the front of `into`, which has room for
+    /// [`CHUNK`](crate::CHUNK) bytes or all that are left. `Ok(None)`: there are no more. A wait that ends gives
+    /// [`RecvError::Stopped`], also in the middle of the chunk; call again with the same buffer.
+    pub(crate) fn recv_chunk(&mut self, into: &mut [u8], wait: &Wait<'_>) -> Result<Option<usize>, RecvError> {
+        let State::Device { header: message, path: DevicePath::Chunks, chunks, .. } = &self.state else {
+            return match &self.state {
+                // The last chunk ended the message.
+                State::Header | State::Schema(_) | State::Payload(..) | State::Device { .. } => Ok(None),
+                State::Closed => Err(RecvError::Closed { link: self.name, messages: self.sequence }),
+                State::Lost(lost) => Err(lost.clone().into()),
+            };
+        };
+        let (payload, left, number) = (message.payload, chunks.left, chunks.number);
+        if left == 0 {
+            self.complete(payload);
+            return Ok(None);
+        }
+        let header = match chunks.current {
+            Some((header, _)) => header,
+            None => {
+                self.pump(wait, |link| {
+                    link.transport.read_head(&mut link.head, &mut link.filled).map_err(|e| link.lose(e))
+                })?;
+                self.filled = 0;
+                let header = self.check_chunk(left, number).map_err(|e| self.lose(e))?;
+                self.chunks(|chunks| chunks.current = Some((header, 0)));
+                header
+            }
+        };
+        let len = header.payload as usize;
+        let Some(into) = into.get_mut(..len) else {
+            let reason = format!("a chunk of {len} bytes, but its buffer has {}", into.len());
+            return Err(Rejected { link: self.name, kind: RejectedKind::Mismatch, reason }.into());
+        };
+        self.read_chunk(header, into, wait)?;
+        if left == header.payload {
+            self.complete(payload);
+        } else {
+            self.chunks(|chunks| *chunks = Chunks { number: number + 1, ..Chunks::new(left - header.payload) });
+        }
+        Ok(Some(len))
+    }
+
+    /// An error once this end's calls were cancelled while a payload was coming in: the link is lost.
+    pub(crate) fn check_cancelled(&mut self) -> Result<(), RecvError> {
+        if !self.cancel.is_set() {
+            return Ok(());
+        }
+        let cause = "receiving was cancelled in the middle of a payload".to_owned();
+        Err(self.lose(TransportError { kind: LostKind::Abandoned, cause }))
+    }
+
+    /// The announced device message's payload came through slots: it is whole for this link.
+    pub(crate) fn taken_through_slots(&mut self) -> Result<(), RecvError> {
+        match &self.state {
+            State::Device { header, path: DevicePath::Slots, .. } => {
+                let payload = header.payload;
+                self.complete(payload);
+                Ok(())
+            }
+            State::Closed => Err(RecvError::Closed { link: self.name, messages: self.sequence }),
+            State::Lost(lost) => Err(lost.clone().into()),
+            _ => {
+                let reason = "no message through slots was announced".to_owned();
+                Err(Rejected { link: self.name, kind: RejectedKind::OutOfTurn, reason }.into())
+            }
+        }
+    }
+
+    /// The body of a chunk, and its checksum.
+    fn read_chunk(&mut self, header: Header, into: &mut [u8], wait: &Wait<'_>) -> Result<(), RecvError> {
+        let State::Device { chunks: Chunks { current: Some((_, mut filled)), mut trailer, .. }, .. } = self.state else {
+            return Ok(());
+        };
+        let tail: &mut [u8] = if header.checksum { &mut trailer } else { &mut [] };
+        let mut parts = [&mut *into];
+        let mut body = ScatterMut::with_tail(&mut parts, tail);
+        let read = self.pump(wait, |link| link.transport.read_body(&mut body, &mut filled).map_err(|e| link.lose(e)));
+        // What has come stays counted, so that a call that was stopped can be made again.
+        self.chunks(|chunks| {
+            chunks.current = Some((header, filled));
+            chunks.trailer = trailer;
+        });
+        read?;
+        let (sent, found) = (u32::from_le_bytes(trailer), if header.checksum { crc32fast::hash(into) } else { 0 });
+        if header.checksum && sent != found {
+            let cause = format!("a chunk's checksum is {found:08x}, but {sent:08x} was sent");
+            return Err(self.lose(TransportError { kind: LostKind::Corrupt, cause }));
+        }
+        Ok(())
+    }
+
+    /// A device message's chunks into host memory.
+    fn recv_chunks(&mut self, parts: &mut [&mut [u8]], wait: &Wait<'_>) -> Result<(), RecvError> {
+        let mut chunk = vec![0u8; CHUNK];
+        let mut at = 0u64;
+        loop {
+            match self.recv_chunk(&mut chunk, wait) {
+                Ok(None) => return Ok(()),
+                Ok(Some(len)) => {
+                    let mut from = &chunk[..len];
+                    ScatterMut::new(parts).walk(at, len as u64, |slice| {
+                        let (now, later) = from.split_at(slice.len());
+                        slice.copy_from_slice(now);
+                        from = later;
+                        true
+                    });
+                    at += len as u64;
+                }
+                Err(RecvError::Stopped { stop, .. }) if at > 0 || self.is_inside_a_chunk() => {
+                    let cause = format!("receiving {stop} after {at} bytes and part of a chunk");
+                    return Err(self.lose(TransportError { kind: LostKind::Abandoned, cause }));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    fn is_inside_a_chunk(&self) -> bool {
+        let State::Device { chunks, .. } = &self.state else { return false };
+        chunks.current.is_some_and(|(_, filled)| filled > 0)
+    }
+
+    fn chunks(&mut self, change: impl FnOnce(&mut Chunks)) {
+        if let State::Device { chunks, .. } = &mut self.state {
+            change(chunks);
+        }
+    }
+
+    fn check_chunk(&self, left: u64, number: u64) -> Result<Header, TransportError> {
+        let corrupt = |cause: &str| Err(TransportError { kind: LostKind::Corrupt, cause: cause.to_owned() });
+        let Some(header) = Header::decode(&self.head) else {
+            return corrupt("the bytes where a chunk's header belongs are none");
+        };
+        let fits = header.kind == Kind::Chunk && header.sequence == self.sequence && header.tag == number;
+        if !fits {
+            let cause = format!("{header:?} came where chunk {number} of message {} belongs", self.sequence);
+            return Err(TransportError { kind: LostKind::Crossed, cause });
+        }
+        if header.payload == 0 || header.payload > left.min(CHUNK as u64) || header.schema != 0 {
+            return corrupt("a chunk's size makes no sense");
+        }
+        if header.checksum != self.verify {
+            return corrupt("one end verifies checksums and the other does not");
+        }
+        Ok(header)
+    }
+
     /// Receives a whole message into memory of its own: for tools and tests. The hot path brings its own buffers.
     pub fn recv(&mut self, step: Option<u64>, wait: &Wait<'_>) -> Result<(Announced, Vec<Vec<u8>>), RecvError> {
         let announced = self.recv_header(step, wait)?;
@@ -183,6 +357,11 @@ impl RecvLink {
         }
     }
 
+    /// The page for GPUs, unless payloads have to be looked at on their way.
+    pub(crate) fn shared_page(&self) -> Option<SharedPage> {
+        if self.verify { None } else { self.transport.shared_page() }
+    }
+
     /// Gives the link up.
     pub(crate) fn abandon(&mut self, kind: LostKind, cause: String) -> RecvError {
         self.lose(TransportError { kind, cause })
@@ -191,7 +370,12 @@ impl RecvLink {
     fn check_parts(&self, parts: &[&mut [u8]]) -> Result<Header, RecvError> {
         let rejected = |kind, reason| Err(Rejected { link: self.name, kind, reason }.into());
         let (header, schema) = match &self.state {
-            State::Payload(header, schema) => (*header, schema),
+            State::Payload(header, schema)
+            | State::Device { header, schema, path: DevicePath::Chunks, .. } => (*header, schema),
+            State::Device { path: DevicePath::Slots, .. } => {
+                let reason = "the payload is in GPU memory that both processes share; receive it with CUDA".to_owned();
+                return rejected(RejectedKind::OutOfTurn, reason);
+            }
             State::Closed => return Err(RecvError::Closed { link: self.name, messages: self.sequence }),
             State::Lost(lost) => return Err(lost.clone().into()),
             State::Header | State::Schema(_) => {
@@ -286,6 +470,9 @@ impl RecvLink {
             let cause = format!("message {} came where message {} belongs", header.sequence, self.sequence);
             return Err(TransportError { kind: LostKind::Crossed, cause });
         }
+        if header.kind == Kind::Chunk {
+            return corrupt("a chunk without its message's header".to_owned());
+        }
         if header.payload > self.max_message {
             return corrupt(format!("a payload of {} bytes is over the limit of {}", header.payload, self.max_message));
         }
@@ -304,7 +491,10 @@ impl RecvLink {
                 format!("a payload of {} bytes for tensors of {} bytes", header.payload, schema.payload_bytes());
             return Err(self.lose(TransportError { kind: LostKind::Corrupt, cause }));
         }
-        self.state = State::Payload(header, schema);
+        self.state = match header.kind {
+            Kind::Device(path) => State::Device { header, schema, path, chunks: Chunks::new(header.payload) },
+            _ => State::Payload(header, schema),
+        };
         self.probe.enter(Phase::HeaderReceived);
         Ok(true)
     }

@@ -3,16 +3,19 @@
 use crate::{
     config::LinkConfig,
     error::{Lost, LostKind, Rejected, RejectedKind, SendError, TransportError},
-    header::{Header, Kind},
+    header::{DevicePath, Header, Kind},
     name::LinkName,
     probe::{Phase, Probe},
     scatter::Scatter,
     spin::Spin,
     tensor::{Extra, PeerLimits, SentSchemas, Slot, TensorRef, TensorSpec, encode},
-    transport::{Counters, Cursor, Level, Outbound},
+    transport::{Counters, Cursor, Level, Outbound, SharedPage},
     wait::{Cancel, Stop, Wait},
 };
 use std::{fmt, sync::Arc, time::Duration};
+
+/// Bytes of the largest chunk of a device message's payload.
+pub const CHUNK: usize = 1 << 20;
 
 /// Tensors whose slices are listed on the stack; messages of more allocate one list.
 const INLINE_PARTS: usize = 16;
@@ -45,10 +48,17 @@ enum State {
     Begun {
         payload: u64,
         slot: Slot,
+        kind: Kind,
     },
     /// Header sent by `send_header`; the payload is owed.
     Owing {
         payload: u64,
+    },
+    /// Header of a device message sent; its chunks are owed from number `chunk` on.
+    Chunks {
+        payload: u64,
+        left: u64,
+        chunk: u64,
     },
     Closed,
     Lost(Lost),
@@ -120,7 +130,7 @@ impl SendLink {
         extra: Extra<'_>,
         wait: &Wait<'_>,
     ) -> Result<(), SendError> {
-        let payload = self.begin_specs(specs.map(|spec| (spec, None)), extra)?;
+        let payload = self.begin_specs(Kind::Data, specs.map(|spec| (spec, None)), extra)?;
         self.pump(&Scatter::EMPTY, wait)?;
         if self.body_len(payload) == 0 {
             self.complete(payload);
@@ -151,6 +161,68 @@ impl SendLink {
         self.finish(parts, wait)
     }
 
+    /// Encodes the header of a message whose payload lies in a GPU's memory; `advance` with no parts sends it.
+    /// Over [`DevicePath::Slots`] the message is then whole for this link; over [`DevicePath::Chunks`] the payload is owed
+    /// through [`SendLink::send_chunk`] before anything else can be sent.
+    pub(crate) fn begin_device<'a>(
+        &mut self,
+        specs: impl ExactSizeIterator<Item = TensorSpec<'a>>,
+        extra: Extra<'_>,
+        path: DevicePath,
+    ) -> Result<u64, SendError> {
+        self.begin_specs(Kind::Device(path), specs.map(|spec| (spec, None)), extra)
+    }
+
+    /// Sends the next bytes, at most [`CHUNK`] of them, of the device message announced before. A wait that ends
+    /// before their first byte has left gives [`SendError::Stopped`]; the call can then be made again.
+    pub(crate) fn send_chunk(&mut self, bytes: &[u8], wait: &Wait<'_>) -> Result<(), SendError> {
+        let State::Chunks { payload, left, chunk } = self.state else {
+            self.usable()?;
+            return Err(self.rejected(RejectedKind::OutOfTurn, "a chunk without its header".to_owned()));
+        };
+        let len = bytes.len() as u64;
+        if len > left || bytes.len() > CHUNK {
+            let reason = format!("a chunk of {len} bytes where {left} are owed and {CHUNK} is the limit");
+            return Err(self.rejected(RejectedKind::Mismatch, reason));
+        }
+        let header = Header {
+            kind: Kind::Chunk,
+            sequence: self.sequence,
+            tag: chunk,
+            payload: len,
+            slot: 0,
+            schema: 0,
+            checksum: self.verify,
+        };
+        self.head.clear();
+        self.head.extend_from_slice(&header.encode());
+        self.cursor = Cursor::default();
+        let checksum = self.checksum(&[bytes]);
+        let parts = [bytes];
+        let body = Scatter::with_tail(&parts, checksum.as_ref().map_or(&[], |c| c.as_slice()));
+        self.pump(&body, wait)?;
+        if left == len {
+            self.complete(payload);
+        } else {
+            self.state = State::Chunks { payload, left: left - len, chunk: chunk + 1 };
+        }
+        Ok(())
+    }
+
+    /// Whether chunks of a device message are still owed.
+    pub(crate) const fn owes_chunks(&self) -> bool {
+        matches!(self.state, State::Chunks { .. })
+    }
+
+    /// An error once this end's calls were cancelled: a message is under way, so the link is lost.
+    pub(crate) fn check_cancelled(&mut self) -> Result<(), SendError> {
+        if !self.cancel.is_set() {
+            return Ok(());
+        }
+        let cause = "sending was cancelled before the payload was ready".to_owned();
+        Err(self.lose(TransportError { kind: LostKind::Abandoned, cause }))
+    }
+
     /// Closes this end after a whole message: the receiver reads what was sent and then gets `Closed`. With a
     /// message in progress the receiver gets `Lost` instead. Dropping does the same. Blocks for up to 5 s while the
     /// receiver's window is full, and over RDMA until what was sent is in its memory; not after [`Cancel::cancel`].
@@ -158,13 +230,18 @@ impl SendLink {
         let whole = match self.state {
             State::Closed => return,
             State::Idle => self.say_goodbye(),
-            State::Begun { .. } | State::Owing { .. } | State::Lost(_) => false,
+            State::Begun { .. } | State::Owing { .. } | State::Chunks { .. } | State::Lost(_) => false,
         };
         self.transport.close(whole);
         if !matches!(self.state, State::Lost(_)) {
             self.state = State::Closed;
             self.probe.enter(Phase::Closed);
         }
+    }
+
+    /// The page for GPUs, unless payloads have to be looked at on their way.
+    pub(crate) fn shared_page(&self) -> Option<SharedPage> {
+        if self.verify { None } else { self.transport.shared_page() }
     }
 
     pub(crate) const fn limits(&self) -> PeerLimits {
@@ -178,54 +255,56 @@ impl SendLink {
 
     /// Encodes a message; nothing is sent yet.
     pub(crate) fn begin(&mut self, tensors: &[TensorRef<'_>], extra: Extra<'_>) -> Result<u64, SendError> {
-        self.begin_specs(tensors.iter().map(|t| (t.spec, Some(t.data.len() as u64))), extra)
+        self.begin_specs(Kind::Data, tensors.iter().map(|t| (t.spec, Some(t.data.len() as u64))), extra)
     }
 
     /// Moves what can be moved without waiting of the message that `begin` encoded. True: it has left.
     pub(crate) fn advance(&mut self, parts: &[&[u8]]) -> Result<bool, SendError> {
-        let State::Begun { payload, .. } = self.state else { return Ok(true) };
-        let checksum = self.checksum(parts);
+        let State::Begun { payload, kind, .. } = self.state else { return Ok(true) };
+        let checksum = self.checksum_of(kind, parts);
         let body = Scatter::with_tail(parts, checksum.as_ref().map_or(&[], |c| c.as_slice()));
         let done = self.write(&body)?;
         if done {
-            self.complete(payload);
+            self.left(kind, payload);
         }
         Ok(done)
     }
 
     /// Waits until the message in progress has left.
     pub(crate) fn finish(&mut self, parts: &[&[u8]], wait: &Wait<'_>) -> Result<(), SendError> {
-        let payload = match self.state {
-            State::Begun { payload, .. } | State::Owing { payload } => payload,
-            State::Idle | State::Closed | State::Lost(_) => return self.usable(),
+        let (payload, kind) = match self.state {
+            State::Begun { payload, kind, .. } => (payload, kind),
+            State::Owing { payload } => (payload, Kind::Data),
+            State::Idle | State::Chunks { .. } | State::Closed | State::Lost(_) => return self.usable(),
         };
-        let checksum = self.checksum(parts);
+        let checksum = self.checksum_of(kind, parts);
         let body = Scatter::with_tail(parts, checksum.as_ref().map_or(&[], |c| c.as_slice()));
         self.pump(&body, wait)?;
-        self.complete(payload);
+        self.left(kind, payload);
         Ok(())
     }
 
     fn begin_specs<'a>(
         &mut self,
+        kind: Kind,
         specs: impl ExactSizeIterator<Item = (TensorSpec<'a>, Option<u64>)>,
         extra: Extra<'_>,
     ) -> Result<u64, SendError> {
         self.usable()?;
-        if let State::Owing { payload } | State::Begun { payload, .. } = self.state {
+        if let State::Owing { payload } | State::Begun { payload, .. } | State::Chunks { payload, .. } = self.state {
             let reason = format!("the message before still owes its payload of {payload} bytes");
             return Err(self.rejected(RejectedKind::OutOfTurn, reason));
         }
         let payload = encode(self.name, self.limits, specs, extra.bytes, &mut self.schema)?;
         let slot = self.schemas.place(&self.schema);
         let header = Header {
-            kind: Kind::Data,
+            kind,
             sequence: self.sequence,
             tag: extra.tag,
             payload,
             slot: slot.number,
             schema: if slot.is_new { self.schema.len() as u32 } else { 0 },
-            checksum: self.verify,
+            checksum: self.verify && kind == Kind::Data,
         };
         self.head.clear();
         self.head.extend_from_slice(&header.encode());
@@ -233,7 +312,7 @@ impl SendLink {
             self.head.extend_from_slice(&self.schema);
         }
         self.cursor = Cursor::default();
-        self.state = State::Begun { payload, slot };
+        self.state = State::Begun { payload, slot, kind };
         self.probe.enter(Phase::Sending);
         Ok(payload)
     }
@@ -272,6 +351,9 @@ impl SendLink {
             State::Owing { .. } if self.cursor.body == 0 => {
                 SendError::Stopped { link: self.name, sequence: self.sequence, stop }
             }
+            State::Chunks { .. } if self.cursor.is_at_start() => {
+                SendError::Stopped { link: self.name, sequence: self.sequence, stop }
+            }
             _ => {
                 let cause = format!(
                     "sending {stop} after {} of {} bytes",
@@ -280,6 +362,16 @@ impl SendLink {
                 );
                 self.lose(TransportError { kind: LostKind::Abandoned, cause })
             }
+        }
+    }
+
+    /// What `begin` encoded has left.
+    fn left(&mut self, kind: Kind, payload: u64) {
+        if kind == Kind::Device(DevicePath::Chunks) && payload > 0 {
+            self.state = State::Chunks { payload, left: payload, chunk: 0 };
+            self.probe.enter(Phase::HeaderSent);
+        } else {
+            self.complete(payload);
         }
     }
 
@@ -294,6 +386,11 @@ impl SendLink {
         if self.verify { payload + 4 } else { payload }
     }
 
+    /// The checksum behind a body; the header of a device message has no body.
+    fn checksum_of(&self, kind: Kind, parts: &[&[u8]]) -> Option<[u8; 4]> {
+        if kind == Kind::Data { self.checksum(parts) } else { None }
+    }
+
     fn checksum(&self, parts: &[&[u8]]) -> Option<[u8; 4]> {
         self.verify.then(|| {
             let mut crc = crc32fast::Hasher::new();
@@ -306,7 +403,7 @@ impl SendLink {
         match &self.state {
             State::Closed => Err(SendError::Closed { link: self.name }),
             State::Lost(lost) => Err(lost.clone().into()),
-            State::Idle | State::Begun { .. } | State::Owing { .. } => Ok(()),
+            State::Idle | State::Begun { .. } | State::Owing { .. } | State::Chunks { .. } => Ok(()),
         }
     }
 

@@ -106,7 +106,7 @@ impl Schema {
 }
 
 /// Bytes of a contiguous tensor, if they can be counted.
-fn tensor_bytes(dtype: DType, shape: &[u64]) -> Option<u64> {
+pub(crate) fn tensor_bytes(dtype: DType, shape: &[u64]) -> Option<u64> {
     if shape.contains(&0) {
         return Some(0);
     }

@@ -68,6 +68,19 @@ pub struct Counters {
     pub sleeps: u64,
 }
 
+/// A page that both processes map besides the transport's own memory, for the two GPUs' use (see `cuda`).
+#[derive(Clone)]
+pub struct SharedPage {
+    pub(crate) host: std::ptr::NonNull<u8>,
+    /// Holds the mapping.
+    pub(crate) keep: Arc<dyn Send + Sync>,
+}
+
+// SAFETY: memory is bound to no thread. This gives out an address only, and what is read and written there is atomic.
+unsafe impl Send for SharedPage {}
+// SAFETY: as above.
+unsafe impl Sync for SharedPage {}
+
 /// The sending end of a transport.
 pub trait Outbound: Send {
     /// Its level.
@@ -75,6 +88,11 @@ pub trait Outbound: Send {
 
     /// The device that it uses, where it uses one of its own.
     fn device(&self) -> Option<&str> {
+        None
+    }
+
+    /// The page for the GPUs, where both ends are on one host.
+    fn shared_page(&self) -> Option<SharedPage> {
         None
     }
 
@@ -103,6 +121,11 @@ pub trait Inbound: Send {
 
     /// The device that it uses, where it uses one of its own.
     fn device(&self) -> Option<&str> {
+        None
+    }
+
+    /// The page for the GPUs, where both ends are on one host.
+    fn shared_page(&self) -> Option<SharedPage> {
         None
     }
 

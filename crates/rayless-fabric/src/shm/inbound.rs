@@ -9,7 +9,7 @@ use super::{
 use crate::{
     error::TransportError,
     scatter::ScatterMut,
-    transport::{Counters, Inbound, Level},
+    transport::{Counters, Inbound, Level, SharedPage},
     wait::Wake,
 };
 use std::{
@@ -61,6 +61,10 @@ impl ShmInbound {
 impl Inbound for ShmInbound {
     fn level(&self) -> Level {
         Level::Shm
+    }
+
+    fn shared_page(&self) -> Option<SharedPage> {
+        Some(self.memory.gpu_page())
     }
 
     fn read_head(&mut self, head: &mut [u8], filled: &mut usize) -> Result<bool, TransportError> {

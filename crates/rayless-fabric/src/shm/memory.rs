@@ -1,4 +1,4 @@
-//! The memory that both ends of a link map: a page of words, then the ring's bytes.
+//! The memory that both ends of a link map: a page of words, a page for GPUs, then the ring's bytes.
 //!
 //! Soundness in one place: the mapping lives as long as `Memory`, never moves, and cannot shrink under us (the
 //! memfd is sealed). The words are atomics. The ring's bytes are copied in and out through raw pointers and never
@@ -6,7 +6,7 @@
 //! copy bytes that mean nothing, which the layers above check: peers are processes of one group and one user.
 
 use super::bell::{ASLEEP, Bell};
-use crate::wake::timespec;
+use crate::{transport::SharedPage, wake::timespec};
 use rustix::{
     fd::{AsFd, BorrowedFd, OwnedFd},
     fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat, ftruncate, memfd_create},
@@ -16,7 +16,10 @@ use rustix::{
 };
 use std::{
     ptr::{self, NonNull},
-    sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -24,7 +27,10 @@ use std::{
 /// smaller one stays in a nearer cache, which small messages gain less from than large ones lose.
 pub(super) const RING: usize = 2 << 20;
 const PAGE: usize = 4096;
-const SIZE: usize = PAGE + RING;
+/// Where the page for GPUs lies: whole pages of its own, since CUDA registers it.
+const GPU_AT: usize = PAGE;
+const RING_AT: usize = GPU_AT + crate::cuda::PAGE;
+const SIZE: usize = RING_AT + RING;
 const REASON: usize = 512;
 
 /// A futex word in shared memory.
@@ -124,7 +130,7 @@ impl Memory {
         // SAFETY: `start + first <= RING` and `bytes.len() - first <= start` or so small that it ends within the ring
         // (`split` and the assertion there), so both destinations lie in the mapping; `bytes` is private memory.
         unsafe {
-            let ring = self.base.as_ptr().add(PAGE);
+            let ring = self.base.as_ptr().add(RING_AT);
             ptr::copy_nonoverlapping(bytes.as_ptr(), ring.add(start), first);
             ptr::copy_nonoverlapping(bytes.as_ptr().add(first), ring, bytes.len() - first);
         }
@@ -135,7 +141,7 @@ impl Memory {
         let (start, first) = Self::split(at, out.len());
         // SAFETY: as in `copy_in`, with source and destination swapped.
         unsafe {
-            let ring = self.base.as_ptr().add(PAGE);
+            let ring = self.base.as_ptr().add(RING_AT);
             ptr::copy_nonoverlapping(ring.add(start), out.as_mut_ptr(), first);
             ptr::copy_nonoverlapping(ring, out.as_mut_ptr().add(first), out.len() - first);
         }
@@ -146,6 +152,13 @@ impl Memory {
         assert!(len <= RING, "{len} bytes at once for a ring of {RING}");
         let start = (at % RING as u64) as usize;
         (start, len.min(RING - start))
+    }
+
+    /// The page for GPUs. Zeroed at first.
+    pub(super) fn gpu_page(self: &Arc<Self>) -> SharedPage {
+        // SAFETY: the page lies in the mapping, which `keep` holds.
+        let host = unsafe { self.base.add(GPU_AT) };
+        SharedPage { host, keep: Arc::<Self>::clone(self) }
     }
 
     /// The receiver's last words, for the sender.

@@ -9,7 +9,7 @@ use super::{
 use crate::{
     error::TransportError,
     scatter::Scatter,
-    transport::{Counters, Cursor, Level, Outbound},
+    transport::{Counters, Cursor, Level, Outbound, SharedPage},
     wait::Wake,
 };
 use std::{
@@ -70,6 +70,10 @@ impl ShmOutbound {
 impl Outbound for ShmOutbound {
     fn level(&self) -> Level {
         Level::Shm
+    }
+
+    fn shared_page(&self) -> Option<SharedPage> {
+        Some(self.memory.gpu_page())
     }
 
     fn write(&mut self, head: &[u8], body: &Scatter<'_>, cursor: &mut Cursor) -> Result<bool, TransportError> {
