@@ -47,7 +47,7 @@ pub(crate) fn start(py: Python<'_>, error: StartError) -> PyErr {
         StartError::Client(error) => client(py, error),
         StartError::Failed(GroupFailure::Ended { cause }) => exception(py, "LaunchError", (cause,)),
         StartError::Failed(failure) => group(py, &failure),
-        StartError::Versions { .. } => exception(py, "RefusedError", (error.to_string(),)),
+        StartError::Versions { .. } | StartError::Wish(_) => exception(py, "RefusedError", (error.to_string(),)),
         StartError::Unreachable { .. } | StartError::TimedOut { .. } | StartError::GivenUp | StartError::Io(_) => {
             exception(py, "LaunchError", (error.to_string(),))
         }
