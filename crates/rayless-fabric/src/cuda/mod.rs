@@ -30,6 +30,8 @@ mod recv;
 mod retired;
 mod ring;
 mod send;
+#[cfg(test)]
+mod tests;
 
 pub use device::{Device, DeviceError, Stream, device_count};
 pub use error::CudaError;

@@ -5,7 +5,7 @@
 
 use super::{
     page::{Page, State},
-    ring::{Ring, Uses},
+    ring::{Ring, Uses, any_unfinished},
 };
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -15,7 +15,7 @@ pub(super) struct Retired {
     pub(super) uses: Uses,
     /// What the other side was told, and is told once the ring is gone.
     pub(super) end: End,
-    /// Chunks whose waits have to be ended again if the peer's last writes overtook us.
+    /// The number after that of its last chunk.
     pub(super) last: u32,
 }
 
@@ -42,8 +42,14 @@ pub(super) fn retire(retired: Retired) {
     sweep();
 }
 
-/// Frees what can be freed.
+/// Frees what can be freed, when that does not have to wait.
 pub(super) fn sweep() {
+    for retired in RETIRED.lock().unwrap_or_else(PoisonError::into_inner).iter_mut() {
+        retired.let_go();
+    }
+    if any_unfinished() {
+        return;
+    }
     let free: Vec<Retired> = {
         let mut all = RETIRED.lock().unwrap_or_else(PoisonError::into_inner);
         all.extract_if(.., Retired::is_free).collect()
@@ -57,12 +63,15 @@ pub(super) fn sweep() {
 }
 
 impl Retired {
-    fn is_free(&mut self) -> bool {
-        let done = self.uses.settle();
-        if !done {
+    /// Ends its streams' waits, again if the peer's last writes overtook us.
+    fn let_go(&mut self) {
+        if !self.uses.settle() {
             self.end.release(&self.ring, self.last);
         }
-        done && match &self.end {
+    }
+
+    fn is_free(&mut self) -> bool {
+        self.uses.settle() && match &self.end {
             End::Private | End::Borrower(_) => true,
             End::Lender(page) => match page.state() {
                 State::Accepted => page.receiver().has_ended(),
@@ -74,7 +83,7 @@ impl Retired {
 }
 
 impl End {
-    /// Ends the waits of this end's streams for chunks before `last`.
+    /// Ends the waits of this end's streams for chunks before number `last`.
     pub(super) fn release(&self, ring: &Ring, last: u32) {
         for back in 1..=super::ring::SLOTS {
             match self {

@@ -15,7 +15,7 @@ use std::{
     mem::offset_of,
     ptr::NonNull,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU32, Ordering},
     },
 };
@@ -217,11 +217,28 @@ pub(super) fn pieces(tensors: &[(Address, u64)], start: u64, end: u64) -> impl I
 #[derive(Default)]
 pub(super) struct Uses(Vec<(Arc<Event>, Option<Box<dyn Send>>)>);
 
+/// All that streams of this process still do for any link.
+static UNFINISHED: Mutex<Vec<Arc<Event>>> = Mutex::new(Vec::new());
+
+/// Whether streams of this process still do, or wait for, something of ours. The driver waits for all streams before it frees
+/// memory; with one that waits for a peer it would wait for the peer too.
+pub(super) fn any_unfinished() -> bool {
+    let mut all = UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner);
+    all.retain(|event| matches!(event.is_done(), Ok(false)));
+    !all.is_empty()
+}
+
 impl Uses {
     /// Until `event`, the ring and `keep` are in use.
     pub(super) fn add(&mut self, event: &Arc<Event>, keep: Option<Box<dyn Send>>) {
         self.settle();
         self.0.push((Arc::clone(event), keep));
+        let mut all = UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner);
+        // Streams finish in order, so the oldest tell enough; what is left over goes with the next sweep.
+        while all.first().is_some_and(|oldest| !matches!(oldest.is_done(), Ok(false))) {
+            all.swap_remove(0);
+        }
+        all.push(Arc::clone(event));
     }
 
     /// Lets go of what is done with; true: of everything. An event that cannot be asked belongs to a context that is

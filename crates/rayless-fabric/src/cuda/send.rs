@@ -189,8 +189,9 @@ impl CudaSender {
             State::Accepted if lane.ring.device.ordinal() == device.ordinal() => DevicePath::Slots,
             State::Refused => {
                 self.report.no_slots = Some(page.reason());
-                // Frees what was offered.
-                self.slots = Lending::No;
+                if let Lending::Offered(lane, page) = std::mem::replace(&mut self.slots, Lending::No) {
+                    retire(Retired { ring: lane.ring, uses: lane.uses, end: End::Lender(page), last: lane.next });
+                }
                 DevicePath::Chunks
             }
             _ => DevicePath::Chunks,
