@@ -19,6 +19,7 @@ from vllm.platforms import current_platform
 from vllm.v1.executor.abstract import Executor
 
 import rayless
+from rayless.vllm import pipeline
 from rayless.vllm.environment import gpus_per_worker
 from rayless.vllm.placement import describe, make_plans
 from rayless.vllm.preflight import compare, find
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 
 logger = init_logger("vllm.rayless")
+
+#: Seconds that two stages get to open a link between them.
+LINK_SECONDS = 60.0
 
 #: Seconds that workers get to let go of devices and process groups before they are killed.
 GRACE_SECONDS = 5.0
@@ -57,6 +61,7 @@ class RaylessExecutor(Executor):
             parallel, "prefill_context_parallel_size", 1
         )
         _refuse_unsupported(self.vllm_config)
+        self._pipeline_is_ours = parallel.pipeline_parallel_size > 1 and pipeline.is_ours()
 
         on_cpu = current_platform.is_cpu()
         bundle, strategy = _resources(on_cpu, parallel.pipeline_parallel_size)
@@ -65,7 +70,11 @@ class RaylessExecutor(Executor):
             self._world_size,
             bundles=[bundle] * self._world_size,
             strategy=strategy,
-            kwargs={"config": _pickled_config(self.vllm_config), "on_cpu": on_cpu},
+            kwargs={
+                "config": _pickled_config(self.vllm_config),
+                "on_cpu": on_cpu,
+                "pipeline": self._pipeline_is_ours,
+            },
             name=_group_name(self.vllm_config),
         )
         self._finalizer = weakref.finalize(self, self._group.stop)
@@ -85,6 +94,8 @@ class RaylessExecutor(Executor):
         compare([find("this driver", None), *group.call("inspect", plans, folder)], folder)
         rendezvous = next(url for url in group.call("boot") if url is not None)
         group.call("init_device", rendezvous)
+        if self._pipeline_is_ours:
+            group.call("open_links", LINK_SECONDS)
         group.call("load_model")
 
     # --- calls ---

@@ -11,15 +11,17 @@ the group stays with torch: its start-up, barriers, and the broadcast of logits 
 ours uses. RAYLESS_PIPELINE=torch leaves all of it as vLLM made it.
 
 A worker calls :func:`prepare` before vLLM builds its groups, :func:`open_links` when the device is ready and before
-the model is loaded, and :func:`close_links` at a regular end.
+the model is loaded, and :meth:`Pipeline.close` at a regular end.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from rayless.exceptions import LinkLostError
 from rayless.vllm.pipeline.hop import Hop
 from rayless.vllm.pipeline.tokens import Tokens, keep_sibling_group_away
 
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 #: The switch.
 VARIABLE = "RAYLESS_PIPELINE"
+#: Seconds for the news of a death to end this process.
+DEATH_SECONDS = 2.0
 #: Channels of the links between two ranks.
 HIDDEN_STATES, SAMPLED_TOKENS = 0, 1
 
@@ -106,13 +110,19 @@ def install(group: Any, runner: Any, hop: Hop, tokens: Tokens | None) -> Pipelin
     return Pipeline(hop, tokens)
 
 
+def let_the_death_be_told(error: LinkLostError) -> None:
+    """Waits, after a link's loss, for what its peer's keeper has to say.
+
+    Where the peer's process died, its keeper knows why, and ends this group within milliseconds, with that cause. Only
+    where no such news comes is the loss itself the cause.
+    """
+    if error.kind in ("peer gone", "peer reported"):
+        threading.Event().wait(DEATH_SECONDS)
+
+
 def current_step() -> int:
     """The step that this rank is at: the number of the group's call, which is the same on all ranks."""
     from rayless import _worker
 
     host = _worker.current()
     return 0 if host is None else host.call
-
-
-#: What tells the step.
-Step = Callable[[], int]
