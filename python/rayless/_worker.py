@@ -28,10 +28,30 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         # A pipe is block-buffered by default: its lines would come late, and the last ones never.
         stream.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
+    _offer_stacks()
     worker = _rayless.Worker()
     _boot(worker.boot())
     worker.ready(list(_versions.installed().items()))
     Host(worker).run()
+
+
+def _offer_stacks() -> None:
+    """Lets the keeper have the stacks of all threads, whatever they are in: the handler is C and needs no lock of Python's."""
+    descriptor, number = map(int, os.environ.pop("RAYLESS_STACKS").split(","))
+    os.set_inheritable(descriptor, False)
+    faulthandler.register(number, file=descriptor, all_threads=True, chain=False)
+
+
+def doing(text: str) -> None:
+    """Notes what this rank is in, for the line that the driver prints when nothing moves; counts as progress.
+
+    The name of the running method is noted by itself. Nothing happens in a process that is no worker.
+    """
+    if _current is not None:
+        _current.doing(text)
+
+
+_current: _rayless.Worker | None = None
 
 
 def _boot(blob: bytes) -> None:
@@ -52,7 +72,8 @@ class Host:
     """The instance and the loop around it."""
 
     def __init__(self, worker: _rayless.Worker) -> None:
-        self._worker = worker
+        global _current
+        self._worker = _current = worker
         self._instance: Any = None
         self._later: Later | None = None
 
@@ -69,6 +90,7 @@ class Host:
         try:
             method, args, kwargs = pickle.loads(payload)
             name = _pickle.method_name(method) if method is not None else "__init__"
+            self._worker.doing(name)
             result = self._invoke(method, args, kwargs)
             if type(result) is Deferred:
                 if asked:

@@ -10,7 +10,9 @@ mod door;
 mod group;
 mod handle;
 mod logs;
+mod look;
 mod reap;
+mod stacks;
 mod step;
 
 pub use handle::{HandOver, KeeperHandle, KeeperRemote, adopt, spawn};

@@ -17,6 +17,7 @@ mod calls;
 mod deaths;
 mod keepers;
 mod worker;
+mod stuck;
 mod world;
 
 use std::{
@@ -48,7 +49,7 @@ fn main() -> ExitCode {
         _ => {}
     }
     let named: Vec<&String> = arguments.iter().filter(|argument| !argument.starts_with('-')).collect();
-    let stories = [calls::STORIES, deaths::STORIES, keepers::STORIES].concat();
+    let stories = [calls::STORIES, deaths::STORIES, keepers::STORIES, stuck::STORIES].concat();
     if arguments.iter().any(|argument| argument == "--list") {
         stories.iter().for_each(|(name, _)| println!("{name}: test"));
         return ExitCode::SUCCESS;
