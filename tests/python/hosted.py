@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
+import re
 import signal
 import sys
 import threading
@@ -58,9 +58,9 @@ class Plain:
             signal.pause()
 
     def hold_the_lock(self, rank: int) -> None:
-        """On that rank: sleeps in C without giving the interpreter's lock away."""
+        """On that rank: is in C for ever, without giving the interpreter's lock away."""
         if rayless.get_runtime_context().rank == rank:
-            ctypes.PyDLL(None).sleep(1000)
+            re.match("(a+)+$", "a" * 60 + "b")
 
     def environ(self, *names: str) -> list[str | None]:
         return [os.environ.get(name) for name in names]

@@ -211,7 +211,9 @@ impl Head {
 
     /// Ranks that make no progress: told, not judged. The driver ends the group when its patience does.
     pub(super) fn on_ranks_stuck(&mut self, node: NodeId, id: GroupId, line: &str, now: Instant) {
-        let Some(group) = self.groups.get(&id).filter(|g| g.phase.is_live() && g.parts.contains_key(&node)) else { return };
+        let Some(group) = self.groups.get(&id).filter(|g| g.phase.is_live() && g.parts.contains_key(&node)) else {
+            return;
+        };
         let line: String = line.chars().take(MAX_CAUSE).collect();
         let line = format!("group {} on {}: {line}", group.title(id), self.node_name(node));
         self.note("ranks-stuck", line, now);

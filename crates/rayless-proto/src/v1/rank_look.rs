@@ -33,7 +33,8 @@ impl RankLook {
     /// The stack of the thread that runs the calls, at most `lines` lines of it, innermost first; of another program than a rayless worker, of
     /// its first thread.
     pub fn excerpt(&self, lines: usize) -> Vec<&str> {
-        let threads: Vec<&str> = self.stack.split("\n\n").filter(|part| part.contains("(most recent call first)")).collect();
+        let threads: Vec<&str> =
+            self.stack.split("\n\n").filter(|part| part.contains("(most recent call first)")).collect();
         let runs_calls = |part: &&&str| part.contains("_worker.py\", line") && part.contains(" in _handle");
         // Python names its threads newest first.
         let thread = threads.iter().find(runs_calls).or(threads.last()).copied().unwrap_or(&self.stack);

@@ -4,12 +4,7 @@
 //! asked what its ranks do, and the driver's callback gets a report; then again after twice the time. Nothing is ended by that: loading
 //! weights takes minutes. Only a call that its caller marked as a step has a deadline, and its time runs while it is the oldest.
 
-use super::{
-    GroupFailure,
-    calls::Pending,
-    core::Core,
-    error::list,
-};
+use super::{GroupFailure, calls::Pending, core::Core, error::list};
 use rayless_proto::{
     codec,
     ids::{CallId, Rank},
@@ -70,8 +65,7 @@ pub struct StuckReport {
 impl StuckReport {
     /// For people: what is waited for, then a line per rank, below those that are stuck where they are.
     pub fn lines(&self) -> Vec<String> {
-        let mut lines =
-            vec![format!("no progress for {} s: call {} has not ended", self.waited.as_secs(), self.call)];
+        let mut lines = vec![format!("no progress for {} s: call {} has not ended", self.waited.as_secs(), self.call)];
         let mut stacks = false;
         for (rank, node) in &self.ranks {
             lines.push(format!("rank {} on node {node} (pid {}): {}", rank.rank, rank.pid, rank.sentence()));

@@ -33,7 +33,11 @@ pub(super) fn at(ring: &Ring, workers: &[Worker], states: impl Iterator<Item = W
 }
 
 /// Has the stuck ones write their stacks, all at the same time; the future is to be awaited anywhere in the `LocalSet`.
-pub(super) fn begin(workers: &[Worker], mut ranks: Vec<RankLook>, look: Look) -> impl Future<Output = Vec<RankLook>> + use<> {
+pub(super) fn begin(
+    workers: &[Worker],
+    mut ranks: Vec<RankLook>,
+    look: Look,
+) -> impl Future<Output = Vec<RankLook>> + use<> {
     let stuck = |rank: &RankLook| look.stacks && rank.is_stuck(look.still_ms);
     let limit = MAX_STACK.min(STACKS / ranks.iter().filter(|rank| stuck(rank)).count().max(1));
     let taking: Vec<_> = workers

@@ -2,7 +2,8 @@
 //!
 //! Python's `faulthandler` writes them from within a signal handler, in C: it needs neither the GIL nor a Python thread that still runs, so
 //! that a rank inside a collective, a driver call or an endless loop of an extension is seen, too. The handler writes into a pipe of its
-//! own (not stderr, where the program's own lines would come in between), and the kernel restarts the system call that it interrupted.
+//! own (not stderr, where the program's own lines would come in between). The kernel restarts most system calls that it interrupts; of the
+//! others (sleeps, polls) Python and the usual libraries look at the clock again.
 
 use rustix::process::{Signal, pidfd_send_signal};
 use std::{

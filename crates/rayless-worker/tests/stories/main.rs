@@ -16,8 +16,8 @@ mod bench;
 mod calls;
 mod deaths;
 mod keepers;
-mod worker;
 mod stuck;
+mod worker;
 mod world;
 
 use std::{

@@ -23,7 +23,8 @@ const STUCK_AFTER: Duration = Duration::from_millis(400);
 
 fn start(world: &World) -> (WorkerGroup, Receiver<StuckReport>) {
     let (told, reports) = channel();
-    let callbacks = Callbacks { on_stuck: Some(Box::new(move |report| drop(told.send(report)))), ..Callbacks::default() };
+    let callbacks =
+        Callbacks { on_stuck: Some(Box::new(move |report| drop(told.send(report)))), ..Callbacks::default() };
     let placed = world.placed().with_stuck_after(STUCK_AFTER);
     let group = placed.launch(world.launch(), Duration::from_secs(20), callbacks, &mut |_| true).unwrap();
     (group, reports)
@@ -46,7 +47,10 @@ fn told() {
     assert!(stuck.stack.contains("kernel: thread "), "{}", stuck.stack);
     assert!(report.ranks[0].0.stack.is_empty());
     let lines = report.lines();
-    assert!(lines[3].starts_with(&format!("rank 2 on node b (pid {}): 0 s in sleep (call 2)", pids[2].1)), "{lines:#?}");
+    assert!(
+        lines[3].starts_with(&format!("rank 2 on node b (pid {}): 0 s in sleep (call 2)", pids[2].1)),
+        "{lines:#?}"
+    );
     assert!(lines[1].ends_with("waits for call 3"), "{lines:#?}");
     // Its log has the whole of it, and the daemon of its node a line for `status`.
     let log = std::fs::read_to_string(world.log_of(1, 2)).unwrap();
@@ -81,7 +85,8 @@ fn step_over() {
         let GroupFailure::Stuck { ranks, cause, stacks } = &failure else { panic!("{failure:?}") };
         assert_eq!(*ranks, [rank]);
         let (node, pid) = (if rank < 2 { "a" } else { "b" }, pids[rank as usize].1);
-        let wanted = format!("call 2 took longer than the step deadline of 1 s: rank {rank} on node {node} (pid {pid}): ");
+        let wanted =
+            format!("call 2 took longer than the step deadline of 1 s: rank {rank} on node {node} (pid {pid}): ");
         assert!(cause.starts_with(&wanted) && cause.ends_with(" s in sleep (call 1)"), "{cause}");
         assert!(stacks.contains(&format!("rank {rank}| kernel: thread ")), "{stacks}");
         for (_, pid) in pids {
