@@ -28,11 +28,21 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         # A pipe is block-buffered by default: its lines would come late, and the last ones never.
         stream.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
-    _offer_stacks()
     worker = _rayless.Worker()
+    _offer_stacks()
     _boot(worker.boot())
+    global _host
+    _host = Host(worker)
     worker.ready(list(_versions.installed().items()))
-    Host(worker).run()
+    _host.run()
+
+
+_host: Host | None = None
+
+
+def current() -> Host | None:
+    """The worker that this process is, if it is one."""
+    return _host
 
 
 def _offer_stacks() -> None:
@@ -47,11 +57,8 @@ def doing(text: str) -> None:
 
     The name of the running method is noted by itself. Nothing happens in a process that is no worker.
     """
-    if _current is not None:
-        _current.doing(text)
-
-
-_current: _rayless.Worker | None = None
+    if _host is not None:
+        _host.native.doing(text)
 
 
 def _boot(blob: bytes) -> None:
@@ -72,10 +79,16 @@ class Host:
     """The instance and the loop around it."""
 
     def __init__(self, worker: _rayless.Worker) -> None:
-        global _current
-        self._worker = _current = worker
+        self._worker = worker
         self._instance: Any = None
         self._later: Later | None = None
+        #: Id of the call that runs, or ran last: the same on every rank, and greater with every call.
+        self.call = 0
+
+    @property
+    def native(self) -> _rayless.Worker:
+        """This rank, as the native module has it."""
+        return self._worker
 
     def run(self) -> None:
         """Until the group is over, or a method leaves by ``SystemExit``."""
@@ -87,6 +100,7 @@ class Host:
 
     def _handle(self, call: int, asked: bool, payload: bytes) -> None:
         name = "(a call that cannot be unpickled)"
+        self.call = call
         try:
             method, args, kwargs = pickle.loads(payload)
             name = _pickle.method_name(method) if method is not None else "__init__"

@@ -53,7 +53,7 @@ def test_a_rank_that_holds_the_lock_of_its_interpreter_is_told_with_its_stack(cl
 def test_a_step_over_its_deadline_ends_the_group(start: Start, capfd: pytest.CaptureFixture[str]) -> None:
     group = start(hosted.Plain, 2, strategy="SPREAD", name="late", steps=["for_ever", "add"], step_deadline=0.7)
     assert group.call("add") == [1, 1]
-    with pytest.raises(StepDeadlineError, match="step deadline of 0.7 s: rank 0 on node a") as caught:
+    with pytest.raises(StepDeadlineError, match=r"step deadline of 0\.7 s: rank 0 on node a") as caught:
         group.call("for_ever")
     assert caught.value.ranks == [0, 1]
     assert caught.value.rank == 0
@@ -85,7 +85,7 @@ def test_what_is_no_step_may_take_long_and_a_step_may_wait_behind_it(
 
 @pytest.mark.parametrize("number", [-1, float("nan")])
 def test_a_deadline_is_a_time(number: float) -> None:
-    with pytest.raises(ValueError, match="step_deadline=.*\nhint: "):
+    with pytest.raises(ValueError, match=r"step_deadline=.*\nhint: "):
         rayless.WorkerGroup.start(hosted.Plain, 1, step_deadline=number)
 
 

@@ -131,6 +131,7 @@ fn config(
         dead_after: options.dead_after,
         step_deadline: options.step_deadline,
         host_id: options.host_id,
+        links: options.links,
         exe,
     })
 }

@@ -37,7 +37,7 @@ impl RankLook {
             self.stack.split("\n\n").filter(|part| part.contains("(most recent call first)")).collect();
         let runs_calls = |part: &&&str| part.contains("_worker.py\", line") && part.contains(" in _handle");
         // Python names its threads newest first.
-        let thread = threads.iter().find(runs_calls).or(threads.last()).copied().unwrap_or(&self.stack);
+        let thread = threads.iter().find(runs_calls).or_else(|| threads.last()).copied().unwrap_or(&self.stack);
         let frames = thread.lines().filter(|line| !line.is_empty() && !line.contains("(most recent call first)"));
         frames.filter(|line| !line.starts_with("kernel: ") || threads.is_empty()).take(lines).collect()
     }
