@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rayless._worker import doing
 from rayless.exceptions import LinkLostError
 from rayless.vllm import environment, pipeline
 from rayless.vllm.placement import Plan
@@ -139,6 +140,7 @@ class Worker:
     def run(self, request: bytes) -> Any:
         """Runs one request of the engine: a method of vLLM's worker, or a function that gets the worker."""
         method, args, kwargs, reply_rank = pickle.loads(request)
+        doing(method if isinstance(method, str) else "a function of the engine")
         target = getattr(self._worker, method) if isinstance(method, str) else _bind(method, self._worker)
         try:
             output = target(*args, **kwargs)
@@ -153,6 +155,9 @@ class Worker:
             # The next step must start while this one's tokens are still on their way from the device.
             return Deferred(lambda: self._finish(output))
         return output
+
+    #: The same, for what has a deadline: the driver tells by the name.
+    step = run
 
     def shutdown(self) -> None:
         """Lets go of devices and process groups, as vLLM's own launcher does at a regular end."""
