@@ -11,7 +11,7 @@ pub(crate) fn sizes(text: &str) -> Result<u64, String> {
     let (number, shift) = UNITS
         .iter()
         .find_map(|(unit, shift)| text.strip_suffix(unit).map(|number| (number, *shift)))
-        .unwrap_or((text.strip_suffix('B').unwrap_or(text), 0));
+        .unwrap_or_else(|| (text.strip_suffix('B').unwrap_or(text), 0));
     let number: u64 =
         number.parse().map_err(|_| "not a size: a number of bytes, or with KiB, MiB or GiB behind it".to_owned())?;
     number
