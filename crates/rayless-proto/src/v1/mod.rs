@@ -7,6 +7,7 @@
 //! | [`local`] | a client (command, driver) and its node's daemon | Unix socket |
 //! | [`keeper`] | a daemon and a keeper | Unix socket |
 //! | [`step`] | a driver and a keeper | TLS over TCP, or Unix socket on one host |
+//! | [`token`] | node and head, while a token is rotated | inside `control` |
 //! | [`status`] | what `rayless status --json` shows | inside `control` and `local` |
 //!
 //! What people see of them is made in `status_json` (`StatusReport::to_json`) and `need_have` (`NeedHave` as text).
@@ -22,3 +23,4 @@ pub mod status;
 mod status_json;
 #[allow(missing_docs, reason = "rkyv derives undocumented types for enums with named fields")]
 pub mod step;
+pub mod token;
