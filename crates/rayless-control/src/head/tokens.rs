@@ -88,19 +88,16 @@ impl Head {
         TokenStatus {
             mark: Some(tokens.set.current.mark),
             rotating: tokens.set.previous.is_some(),
-            left_ms: tokens.until.map(|until| {
-                u64::try_from(until.saturating_duration_since(now).as_millis()).unwrap_or(u64::MAX)
-            }),
+            left_ms: tokens
+                .until
+                .map(|until| u64::try_from(until.saturating_duration_since(now).as_millis()).unwrap_or(u64::MAX)),
             behind: self.behind(),
         }
     }
 
     fn behind(&self) -> Vec<(NodeId, String)> {
         let living = self.nodes.iter().filter(|(_, node)| matches!(node.state, NodeState::Alive | NodeState::Suspect));
-        living
-            .filter(|(id, _)| self.is_behind(**id))
-            .map(|(id, node)| (*id, node.token_problem.clone()))
-            .collect()
+        living.filter(|(id, _)| self.is_behind(**id)).map(|(id, node)| (*id, node.token_problem.clone())).collect()
     }
 
     fn is_behind(&self, id: NodeId) -> bool {

@@ -501,7 +501,8 @@ impl Story {
             }
             ["token", h, "behind"] => {
                 let behind = self.world.head().ok_or("there is no head")?.without_token();
-                let found = behind.iter().find(|(name, _)| name == h).ok_or(format!("but only {behind:?} are"))?;
+                let found =
+                    behind.iter().find(|(name, _)| name == h).ok_or_else(|| format!("but only {behind:?} are"))?;
                 contains(&found.1)
             }
             ["tokens", h, n] => {

@@ -55,8 +55,7 @@ impl World {
     pub fn hand_in_tokens(&mut self, host: usize, overlap: Option<Duration>) {
         let h = &self.hosts[host];
         let left = h.overlap_ends.map(|end| end.saturating_sub(self.now));
-        let set =
-            TokenSet { current: marked(h.tokens[0]), previous: h.tokens.get(1).map(|mark| marked(*mark)) };
+        let set = TokenSet { current: marked(h.tokens[0]), previous: h.tokens.get(1).map(|mark| marked(*mark)) };
         self.head_in(host, head::Input::Tokens { set, overlap: overlap.or(left) });
     }
 

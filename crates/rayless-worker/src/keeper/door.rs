@@ -17,7 +17,7 @@ use std::{
     io,
     os::fd::OwnedFd,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
 };
@@ -48,10 +48,10 @@ pub(super) enum Caller {
     Gone { id: u64 },
 }
 
-/// Lets callers in for as long as the runtime lives.
+/// Lets callers in for as long as the runtime lives. Each shakes hands with the identity that is there when it comes.
 pub(super) fn open(
     listener: UnixListener,
-    identity: TlsIdentity,
+    identity: Arc<Mutex<TlsIdentity>>,
     driver: NodeId,
     callers: mpsc::UnboundedSender<Caller>,
 ) {
@@ -68,7 +68,8 @@ pub(super) fn open(
                     continue;
                 }
             };
-            let (identity, callers) = (identity.clone(), callers.clone());
+            let identity = identity.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            let callers = callers.clone();
             let (handshakes, ids) = (Arc::clone(&handshakes), Arc::clone(&ids));
             tokio::spawn(async move {
                 if let Err(error) = serve(stream, &identity, driver, callers, &handshakes, &ids).await {

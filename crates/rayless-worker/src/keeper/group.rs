@@ -31,7 +31,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Child, ExitStatus},
     rc::Rc,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 use tokio::{
@@ -84,6 +84,8 @@ struct Ending {
 /// One group's part on this host.
 pub(super) struct Group {
     config: KeeperConfig,
+    /// What sessions to come shake hands with; the door looks at it.
+    identity: Arc<Mutex<TlsIdentity>>,
     log_dir: PathBuf,
     ring: Arc<Ring>,
     ring_fd: OwnedFd,
@@ -130,9 +132,11 @@ impl Group {
         .map_err(failed("cannot start the step thread"))?;
         let (events_sender, events) = mpsc::unbounded_channel();
         let (callers_sender, callers) = mpsc::unbounded_channel();
-        door::open(listener, identity, config.driver_node, callers_sender);
+        let identity = Arc::new(Mutex::new(identity));
+        door::open(listener, Arc::clone(&identity), config.driver_node, callers_sender);
         Ok(Self {
             config,
+            identity,
             log_dir,
             ring,
             ring_fd,
@@ -225,6 +229,10 @@ impl Group {
                 }
                 self.end(cause, None);
             }
+            Caller::Said { message: ToKeeper::Leaf(leaf), .. } => match TlsIdentity::from_bundle(&leaf) {
+                Ok(identity) => *self.identity.lock().unwrap_or_else(PoisonError::into_inner) = identity,
+                Err(error) => tracing::error!(%error, "the daemon's new identity is not taken"),
+            },
             Caller::Said { message: ToKeeper::NodeVerdict { node, state }, .. } => {
                 if node == self.config.driver_node {
                     self.step.order(Order::Verdict(Some(state)));
