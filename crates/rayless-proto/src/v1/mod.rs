@@ -7,6 +7,7 @@
 //! | [`local`] | a client (command, driver) and its node's daemon | Unix socket |
 //! | [`keeper`] | a daemon and a keeper | Unix socket |
 //! | [`step`] | a driver and a keeper | TLS over TCP, or Unix socket on one host |
+//! | [`link`] | two workers of a group | TLS over TCP |
 //! | [`token`] | node and head, while a token is rotated | inside `control` |
 //! | [`status`] | what `rayless status --json` shows | inside `control` and `local` |
 //!
@@ -16,6 +17,8 @@ pub mod control;
 pub mod heartbeat;
 #[allow(missing_docs, reason = "rkyv derives undocumented types for enums with named fields")]
 pub mod keeper;
+#[allow(missing_docs, reason = "rkyv derives undocumented types for enums with named fields")]
+pub mod link;
 #[allow(missing_docs, reason = "rkyv derives undocumented types for enums with named fields")]
 pub mod local;
 mod need_have;

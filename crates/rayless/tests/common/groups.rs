@@ -46,6 +46,7 @@ pub fn launch() -> Launch {
         env: vec![("PATH".to_owned(), env::var("PATH").unwrap_or_default())],
         rank_env: Vec::new(),
         boot: Vec::new(),
+        links: None,
     }
 }
 
