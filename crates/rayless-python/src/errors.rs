@@ -7,6 +7,7 @@ use rayless_worker::{
     client::ClientError,
     driver::{GroupFailure, StartError},
     host::HostError,
+    links::{LinkError, LinkFault},
 };
 
 /// An instance of `rayless.exceptions.<name>`; where even that cannot be made, the error that came of trying.
@@ -47,7 +48,7 @@ pub(crate) fn start(py: Python<'_>, error: StartError) -> PyErr {
         StartError::Client(error) => client(py, error),
         StartError::Failed(GroupFailure::Ended { cause }) => exception(py, "LaunchError", (cause,)),
         StartError::Failed(failure) => group(py, &failure),
-        StartError::Versions { .. } => exception(py, "RefusedError", (error.to_string(),)),
+        StartError::Versions { .. } | StartError::Wish(_) => exception(py, "RefusedError", (error.to_string(),)),
         StartError::Unreachable { .. } | StartError::TimedOut { .. } | StartError::GivenUp | StartError::Io(_) => {
             exception(py, "LaunchError", (error.to_string(),))
         }
@@ -97,6 +98,23 @@ pub(crate) fn host(py: Python<'_>, error: HostError) -> PyErr {
 /// An instance of `rayless.exceptions.<name>`, one of the family of `LinkError`. `kind`: what exactly, where a caller may ask.
 pub(crate) fn link(py: Python<'_>, name: &str, text: &str, link: LinkName, kind: Option<&str>) -> PyErr {
     exception(py, name, (text, link.to_string(), link.from, link.to, kind))
+}
+
+/// A link that was not opened. `kind` tells what is wrong in a word or two.
+pub(crate) fn link_unavailable(py: Python<'_>, error: &LinkError) -> PyErr {
+    let kind = match &*error.fault {
+        LinkFault::Caller(_) => "caller",
+        LinkFault::TimedOut { .. } => "timed out",
+        LinkFault::Interrupted => "interrupted",
+        LinkFault::NoTransport { .. } => "no transport",
+        LinkFault::Refused(_) => "refused",
+        LinkFault::Over(_) => "over",
+    };
+    let name = match &*error.fault {
+        LinkFault::Caller(_) => "LinkRejectedError",
+        _ => "LinkUnavailableError",
+    };
+    link(py, name, &error.to_string(), error.link, Some(kind))
 }
 
 pub(crate) fn link_send(py: Python<'_>, error: SendError) -> PyErr {

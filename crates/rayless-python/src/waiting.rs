@@ -21,29 +21,39 @@ pub(crate) fn waiting<R: Send>(
         None => None,
         Some(seconds) => Some(duration(seconds)?),
     };
-    let (done, raised) = py.detach(|| {
-        let looked = Cell::new(Instant::now());
-        let raised = RefCell::new(None);
-        let check = || {
-            if looked.get().elapsed() < LOOK {
-                return false;
-            }
-            looked.set(Instant::now());
-            *raised.borrow_mut() = Python::attach(|py| py.check_signals()).err();
-            raised.borrow().is_some()
-        };
+    interruptible(py, |check| {
         let wait = match wait {
             None => Wait::forever(),
             Some(Duration::ZERO) => Wait::poll(),
             Some(duration) => Wait::at_most(duration),
         };
-        let done = run(&wait.with_check(&check));
+        run(&wait.with_check(check))
+    })
+}
+
+/// Runs `run` without the GIL; it asks its argument now and then whether to give up. Fails with what a signal handler raised.
+pub(crate) fn interruptible<R: Send>(py: Python<'_>, run: impl FnOnce(&dyn Fn() -> bool) -> R + Send) -> PyResult<R> {
+    let (done, raised) = py.detach(|| {
+        let looked = Cell::new(Instant::now());
+        let raised = RefCell::new(None);
+        let check = || {
+            if looked.get().elapsed() < LOOK {
+                return raised.borrow().is_some();
+            }
+            looked.set(Instant::now());
+            let error = Python::attach(|py| py.check_signals()).err();
+            if error.is_some() {
+                *raised.borrow_mut() = error;
+            }
+            raised.borrow().is_some()
+        };
+        let done = run(&check);
         (done, raised.take())
     });
     raised.map_or(Ok(done), Err)
 }
 
-fn duration(seconds: f64) -> PyResult<Duration> {
+pub(crate) fn duration(seconds: f64) -> PyResult<Duration> {
     Duration::try_from_secs_f64(seconds).map_err(|_| {
         PyValueError::new_err(format!("timeout={seconds} is no time to wait\nhint: give seconds, 0 for none, or None"))
     })

@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rayless import _worker as rayless_worker
 from rayless.vllm import environment
 from rayless.vllm.placement import Plan
 from rayless.vllm.preflight import Found, find
@@ -144,6 +145,10 @@ class Worker:
         worker.shutdown()
         destroy_model_parallel()
         destroy_distributed_environment()
+        host = rayless_worker.current()
+        if host is not None:
+            # Taking torch apart module by module takes seconds and frees nothing that the end of the process does not.
+            host.leave_at_once = True
 
     # --- details ---
 
