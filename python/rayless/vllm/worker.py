@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayless import _worker as rayless_worker
+from rayless._worker import current, doing
 from rayless.vllm import environment
 from rayless.vllm.placement import Plan
 from rayless.vllm.preflight import Found, find
@@ -124,6 +124,7 @@ class Worker:
     def run(self, request: bytes) -> Any:
         """Runs one request of the engine: a method of vLLM's worker, or a function that gets the worker."""
         method, args, kwargs, reply_rank = pickle.loads(request)
+        doing(method if isinstance(method, str) else "a function of the engine")
         target = getattr(self._worker, method) if isinstance(method, str) else _bind(method, self._worker)
         output = target(*args, **kwargs)
         if reply_rank is not None and reply_rank != self._plan["rank"]:
@@ -135,6 +136,9 @@ class Worker:
             return Deferred(lambda: self._finish(output))
         return output
 
+    #: The same, for what has a deadline: the driver tells by the name.
+    step = run
+
     def shutdown(self) -> None:
         """Lets go of devices and process groups, as vLLM's own launcher does at a regular end."""
         if self._worker is None:
@@ -145,7 +149,7 @@ class Worker:
         worker.shutdown()
         destroy_model_parallel()
         destroy_distributed_environment()
-        host = rayless_worker.current()
+        host = current()
         if host is not None:
             # Taking torch apart module by module takes seconds and frees nothing that the end of the process does not.
             host.leave_at_once = True

@@ -18,7 +18,7 @@ use rayless_proto::{
             Event, GpuState, GpuStatus, GroupState, GroupStatus, LinkStatus, NodeState, NodeStatus,
             PlacementGroupStatus, StatusReport, TokenStatus, WorkerStatus,
         },
-        step::{KeeperEvent, Launch},
+        step::{KeeperEvent, Launch, LinkMoved, Look, RankLook},
         token::{MarkedToken, TokenSet},
     },
 };
@@ -53,6 +53,7 @@ pub fn to_head() -> Vec<ToHead> {
         ToHead::KeeperReady { group: GROUP },
         ToHead::WorkerChanged { group: GROUP, rank: 1, pid: 77, state: WorkerState::Busy },
         ToHead::GroupEnded { group: GROUP, cause: "rank 1 was killed".into() },
+        ToHead::RanksStuck { group: GROUP, line: "rank 1: 12 s in execute_model (call 17)".into() },
         ToHead::GpuDraining { gpus: vec![(0, true), (1, false)] },
         ToHead::Update { info: info() },
         ToHead::TokensHeld { marks: vec![TokenMark([1; 8]), TokenMark([2; 8])], problem: "disk full".into() },
@@ -124,6 +125,7 @@ pub fn daemon_messages() -> Vec<DaemonMessage> {
             joined: true,
             waiting_for: String::new(),
             dead_after_ms: 3000,
+            step_deadline_ms: 300_000,
             host_id: "boot/4026531840".into(),
         }),
         ClientReply::Status(report()),
@@ -154,6 +156,7 @@ pub fn to_keeper() -> Vec<ToKeeper> {
         ToKeeper::Stop { cause: "stopped by `rayless stop`".into() },
         ToKeeper::NodeVerdict { node: NODE, state: NodeState::Alive },
         ToKeeper::Leaf(leaf()),
+        ToKeeper::Look(look()),
     ]
 }
 
@@ -162,6 +165,8 @@ pub fn from_keeper() -> Vec<FromKeeper> {
     vec![
         FromKeeper::Held(held()),
         FromKeeper::WorkerChanged { rank: 0, pid: 4, state: WorkerState::Dead },
+        FromKeeper::Looked { ranks: vec![rank_look()] },
+        FromKeeper::Stuck { line: "rank 1: 12 s in execute_model (call 17)".into() },
         FromKeeper::Link(link_report()),
         FromKeeper::Ended { cause: String::new() },
     ]
@@ -298,6 +303,7 @@ pub fn keeper_events() -> Vec<KeeperEvent> {
         KeeperEvent::Ready { rank: 1, versions: vec![("python".into(), "3.11.7".into())] },
         KeeperEvent::Changed { rank: 1, state: WorkerState::Ready },
         KeeperEvent::Failed { rank: Some(1), cause: "killed by signal 9".into(), tail: "last words".into() },
+        KeeperEvent::Looked { ranks: vec![rank_look()] },
         KeeperEvent::Link(link_report()),
         KeeperEvent::Ended,
     ]
@@ -305,6 +311,24 @@ pub fn keeper_events() -> Vec<KeeperEvent> {
 
 fn token(number: u8) -> MarkedToken {
     MarkedToken { mark: TokenMark([number; 8]), text: "rl1_60rk4csm6mv3ee1sc5h66s35csrgesv7".into() }
+}
+
+/// What a driver asks when nothing moves.
+pub fn look() -> Look {
+    Look { still_ms: 10_000, stacks: true }
+}
+
+fn rank_look() -> RankLook {
+    RankLook {
+        rank: 1,
+        pid: 77,
+        state: WorkerState::Busy,
+        call: 17,
+        doing: "execute_model".into(),
+        still_ms: 12_000,
+        link: Some(LinkMoved { peer: 0, channel: 2, receiving: true, sequence: 33 }),
+        stack: "Thread 0x1 (most recent call first):".into(),
+    }
 }
 
 /// The state of a cluster.
