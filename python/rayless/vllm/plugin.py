@@ -3,9 +3,8 @@
 vLLM has no registry of executor names. It accepts an executor *class*, but a bare name on the command line is
 refused with pipeline parallelism, since the check looks for ``supports_pp`` on the string. So the name is
 turned into the class at the start of ``EngineArgs.create_engine_config``, which every entry point of vLLM
-passes, before that check. And where vLLM's front end would give EngineCore no time at all between SIGTERM and SIGKILL (0.25 and
-newer, unless ``--shutdown-timeout`` is given), it gets the few seconds of earlier releases, which end as soon as it has ended:
-it takes them to stop its workers in order. Nothing else of vLLM is changed.
+passes, before that check. And vLLM's front end waits for EngineCore to stop its workers (``rayless.vllm.ending``). Nothing else of
+vLLM is changed.
 
 - RAYLESS_DEFAULT=1: the executor when ``--distributed-executor-backend`` is not given.
 - RAYLESS_AS_RAY=1: ``--distributed-executor-backend ray`` means rayless, for launch scripts that cannot change.
@@ -23,8 +22,6 @@ NAME = "rayless"
 #: The first release whose workers send tensors between stages themselves and split sampling from execution.
 OLDEST = "0.15"
 _PATCHED = "__rayless__"
-#: Seconds at most from SIGTERM to SIGKILL of EngineCore where vLLM would give none; what it gave up to 0.20.
-SHUTDOWN_SECONDS = 5.0
 
 
 def register() -> None:
@@ -58,33 +55,11 @@ def resolve(backend: Any, *, nnodes: int = 1) -> Any:
         raise RuntimeError(
             f"vLLM {vllm.__version__} is too old for the rayless executor\nhint: install vLLM {OLDEST} or newer, on every node"
         )
+    from rayless.vllm.ending import let_engines_end
     from rayless.vllm.executor import RaylessExecutor
 
-    _let_engines_end()
+    let_engines_end()
     return RaylessExecutor
-
-
-def _let_engines_end() -> None:
-    """Time for EngineCore to end by itself, where the front end would kill it in the moment in which it asks it to end.
-
-    ``--shutdown-timeout 0`` (the default) says how long requests may go on: not at all. vLLM 0.25 and newer take it for the time of the
-    process as well; only on ROCm do they make that difference.
-    """
-    from vllm.v1.engine.utils import CoreEngineProcManager
-
-    original = getattr(CoreEngineProcManager, "shutdown", None)
-    if original is None or getattr(original, _PATCHED, False):
-        return
-
-    @functools.wraps(original)
-    def shutdown(self: Any, timeout: float | None = None) -> None:
-        # A budget of which nothing is left is another matter: it was given for the requests.
-        if timeout == 0 and not getattr(self, "_request_shutdown_timeout", 0):
-            timeout = SHUTDOWN_SECONDS
-        original(self, timeout=timeout)
-
-    setattr(shutdown, _PATCHED, True)
-    CoreEngineProcManager.shutdown = shutdown
 
 
 def _create_engine_config(original: Any) -> Any:
