@@ -38,6 +38,7 @@ pub(crate) enum Action {
     Stop(StopWhat),
     Token(TokenAction),
     Logs(LogOptions),
+    BenchLink(Box<crate::bench::LinkOptions>),
     Keeper,
 }
 
@@ -50,6 +51,7 @@ pub(crate) struct NodeOptions {
     pub(crate) token_file: Option<PathBuf>,
     pub(crate) wishes: Wishes,
     pub(crate) dead_after: Option<Duration>,
+    pub(crate) step_deadline: Duration,
     pub(crate) host_id: Option<String>,
     pub(crate) links: LinkWishes,
     pub(crate) background: bool,
@@ -70,6 +72,8 @@ pub(crate) enum StopWhat {
 pub(crate) enum TokenAction {
     New,
     Show { file: Option<PathBuf> },
+    Rotate { overlap: Option<Duration> },
+    FinishRotation,
 }
 
 /// What `logs` shows.
@@ -102,6 +106,8 @@ pub(crate) fn parse() -> Asked {
             Some(("show", found)) => {
                 TokenAction::Show { file: found.get_one::<PathBuf>(knobs::TOKEN_FILE.flag).cloned() }
             }
+            Some(("rotate", found)) if found.get_flag("finish") => TokenAction::FinishRotation,
+            Some(("rotate", found)) => TokenAction::Rotate { overlap: found.get_one::<Duration>("overlap").copied() },
             _ => TokenAction::New,
         }),
         Some(("logs", found)) => Action::Logs(LogOptions {
@@ -110,6 +116,10 @@ pub(crate) fn parse() -> Asked {
             all: found.get_flag("all"),
             follow: found.get_flag("follow"),
         }),
+        Some(("bench", found)) => Action::BenchLink(Box::new(crate::bench::link_options(
+            found.subcommand().map_or(found, |(_, link)| link),
+            knobs::TOKEN_FILE.flag,
+        ))),
         _ => Action::Keeper,
     };
     Asked { run_dir, action }
@@ -136,6 +146,10 @@ fn node_options(found: &ArgMatches) -> NodeOptions {
         },
         // `head` has a default here; `join` takes the cluster's unless told otherwise.
         dead_after: found.get_one::<Duration>(knobs::DEAD_AFTER.flag).copied(),
+        step_deadline: found
+            .get_one::<Duration>(knobs::STEP_DEADLINE.flag)
+            .copied()
+            .unwrap_or(rayless_proto::limits::STEP_DEADLINE),
         host_id: text(found, knobs::HOST_ID.flag),
         links: link_wishes(found),
         background: found.get_flag("daemon"),
@@ -212,6 +226,18 @@ fn command() -> Command {
                     Command::new("show")
                         .about("Show this node's token on a terminal, elsewhere the path of its file")
                         .arg(arg(&knobs::TOKEN_FILE, value_parser!(PathBuf))),
+                )
+                .subcommand(
+                    Command::new("rotate")
+                        .about("Give all nodes a new token; the present one is accepted as well until `--finish`. On the head's host")
+                        .arg(
+                            Arg::new("overlap")
+                                .long("overlap")
+                                .value_name("SECONDS")
+                                .value_parser(ValueParser::new(overlap))
+                                .help("Refuse the present token after this time, without `--finish` (s)"),
+                        )
+                        .arg(switch("finish", "Refuse the token before the present one from here on").conflicts_with("overlap")),
                 ),
         )
         .subcommand(
@@ -233,6 +259,7 @@ fn command() -> Command {
                 .arg(switch("all", "All groups and the daemon").conflicts_with_all(["group", "rank"]))
                 .arg(switch("follow", "Go on as lines come").short('f')),
         )
+        .subcommand(crate::bench::command(arg(&knobs::TOKEN_FILE, value_parser!(PathBuf))))
         .subcommand(Command::new("keeper").hide(true).about("Run the workers of one group (started by the daemon)"))
 }
 
@@ -246,6 +273,7 @@ fn node_command(name: &'static str, about: &'static str) -> Command {
         .arg(arg(&knobs::GPUS, ValueParser::new(gpus)))
         .arg(arg(&knobs::CPUS, ValueParser::new(quantity)))
         .arg(arg(&knobs::RESOURCE, ValueParser::new(resource)).action(ArgAction::Append).value_delimiter(','))
+        .arg(arg(&knobs::STEP_DEADLINE, ValueParser::new(seconds)))
         .arg(arg(&knobs::HOST_ID, ValueParser::new(named)))
         .arg(arg(&knobs::SHM_MIN, value_parser!(u64)))
         .arg(arg(&knobs::TRANSPORT, ValueParser::new(transport)))
@@ -322,6 +350,14 @@ fn seconds(text: &str) -> Result<Duration, String> {
         return Err("not a number of seconds from 0 to a year".to_owned());
     }
     Ok(Duration::from_secs_f64(number))
+}
+
+fn overlap(text: &str) -> Result<Duration, String> {
+    let overlap = seconds(text)?;
+    if overlap < Duration::from_secs(1) {
+        return Err("at least 1: the nodes must hear of the new one".to_owned());
+    }
+    Ok(overlap)
 }
 
 fn dead_after(text: &str) -> Result<Duration, String> {

@@ -7,6 +7,7 @@ which rank answers (the first of the last pipeline stage), what is aggregated, a
 from __future__ import annotations
 
 import concurrent.futures
+import os
 import pickle
 import threading
 import weakref
@@ -19,6 +20,8 @@ from vllm.platforms import current_platform
 from vllm.v1.executor.abstract import Executor
 
 import rayless
+from rayless.exceptions import LinkLostError
+from rayless.vllm import pipeline
 from rayless.vllm.environment import gpus_per_worker
 from rayless.vllm.placement import describe, make_plans
 from rayless.vllm.preflight import compare, find
@@ -32,8 +35,14 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.rayless")
 
+#: Seconds that two stages get to open a link between them.
+LINK_SECONDS = 60.0
+
 #: Seconds that workers get to let go of devices and process groups before they are killed.
 GRACE_SECONDS = 5.0
+#: What an engine does again and again, each time in seconds at most: these have a deadline. Loading, profiling and compiling
+#: do not: nobody knows how long they may take.
+STEPS = frozenset({"execute_model", "sample_tokens", "execute_dummy_batch", "take_draft_token_ids"})
 #: Seconds that ``check_health`` waits for every rank, as under vLLM's own executor.
 HEALTH_SECONDS = 10.0
 
@@ -57,6 +66,7 @@ class RaylessExecutor(Executor):
             parallel, "prefill_context_parallel_size", 1
         )
         _refuse_unsupported(self.vllm_config)
+        self._pipeline_is_ours = parallel.pipeline_parallel_size > 1 and pipeline.is_ours()
 
         on_cpu = current_platform.is_cpu()
         bundle, strategy = _resources(on_cpu, parallel.pipeline_parallel_size)
@@ -65,8 +75,14 @@ class RaylessExecutor(Executor):
             self._world_size,
             bundles=[bundle] * self._world_size,
             strategy=strategy,
-            kwargs={"config": _pickled_config(self.vllm_config), "on_cpu": on_cpu},
+            kwargs={
+                "config": _pickled_config(self.vllm_config),
+                "on_cpu": on_cpu,
+                "pipeline": self._pipeline_is_ours,
+            },
             name=_group_name(self.vllm_config),
+            steps=("step",),
+            step_deadline=_step_deadline(),
         )
         self._finalizer = weakref.finalize(self, self._group.stop)
         try:
@@ -85,6 +101,8 @@ class RaylessExecutor(Executor):
         compare([find("this driver", None), *group.call("inspect", plans, folder)], folder)
         rendezvous = next(url for url in group.call("boot") if url is not None)
         group.call("init_device", rendezvous)
+        if self._pipeline_is_ours:
+            group.call("open_links", LINK_SECONDS)
         group.call("load_model")
 
     # --- calls ---
@@ -111,7 +129,7 @@ class RaylessExecutor(Executor):
         reply_rank = None if aggregators else unique_reply_rank
         name = method if isinstance(method, str) else cloudpickle.dumps(method)
         inner = self._group.call_async(
-            "run",
+            "step" if isinstance(method, str) and method in STEPS else "run",
             _pickled((name, args, kwargs or {}, reply_rank)),
             ranks=None if reply_rank is None else [reply_rank],
             timeout=timeout,
@@ -126,9 +144,9 @@ class RaylessExecutor(Executor):
                     result = one.aggregate(outputs, output_rank=rank)
                 return result
 
-            reply: concurrent.futures.Future[Any] = _Reply(inner, finish)
+            reply: concurrent.futures.Future[Any] = _Reply(inner, finish, self._lost)
         elif reply_rank is not None:
-            reply = _Reply(inner, _only)
+            reply = _Reply(inner, _only, self._lost)
         else:
             reply = inner
         return reply if non_block else reply.result()
@@ -149,7 +167,6 @@ class RaylessExecutor(Executor):
             args=args,
             unique_reply_rank=self._output_rank,
             non_block=non_block,
-            timeout=envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS,
             kv_output_aggregator=getattr(self, "kv_output_aggregator", None),
             ec_output_aggregator=getattr(self, "ec_output_aggregator", None),
         )
@@ -159,7 +176,6 @@ class RaylessExecutor(Executor):
         self.collective_rpc(
             "execute_dummy_batch",
             unique_reply_rank=self._output_rank,
-            timeout=envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS,
         )
 
     def take_draft_token_ids(self) -> DraftTokenIds | None:
@@ -167,7 +183,6 @@ class RaylessExecutor(Executor):
         drafts: DraftTokenIds | None = self.collective_rpc(
             "take_draft_token_ids",
             unique_reply_rank=self._output_rank,
-            timeout=envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS,
         )
         return drafts
 
@@ -190,6 +205,11 @@ class RaylessExecutor(Executor):
         logger.error("%s", cause)
         if callback is not None:
             callback()
+
+    def _lost(self, cause: LinkLostError) -> None:
+        """A link between two stages is lost: so is the group, whose other ranks may be waiting for each other."""
+        self._fail(cause)
+        self._finalizer()
 
     def check_health(self) -> None:
         """Raises unless every rank answers."""
@@ -230,14 +250,24 @@ class RaylessExecutor(Executor):
 class _Reply(concurrent.futures.Future[Any]):
     """The Future of a group call, seen through ``finish``; it costs no second wake-up."""
 
-    def __init__(self, inner: concurrent.futures.Future[list[Any]], finish: Callable[[list[Any]], Any]) -> None:
+    def __init__(
+        self,
+        inner: concurrent.futures.Future[list[Any]],
+        finish: Callable[[list[Any]], Any],
+        lost: Callable[[LinkLostError], None],
+    ) -> None:
         super().__init__()
         self._inner = inner
+        self._lost = lost
         self._finish: Callable[[list[Any]], Any] | None = finish
         self._value: Any = None
 
     def result(self, timeout: float | None = None) -> Any:
-        outputs = self._inner.result(timeout)
+        try:
+            outputs = self._inner.result(timeout)
+        except LinkLostError as error:
+            self._lost(error)
+            raise
         if self._finish is not None:  # an aggregator changes what it gets: once only
             self._value, self._finish = self._finish(outputs), None
         return self._value
@@ -316,6 +346,13 @@ def _resources(on_cpu: bool, stages: int) -> tuple[dict[str, float], str]:
 # --- checks ---
 
 
+def _step_deadline() -> float | None:
+    """RAYLESS_STEP_DEADLINE, else what vLLM was told, else the node's."""
+    if "RAYLESS_STEP_DEADLINE" in os.environ or "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS" not in os.environ:
+        return None
+    return float(envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS)
+
+
 def _refuse_unsupported(config: VllmConfig) -> None:
     multimodal = getattr(config.model_config, "multimodal_config", None)
     if getattr(multimodal, "mm_processor_cache_type", None) == "shm":
@@ -333,7 +370,5 @@ def _group_name(config: VllmConfig) -> str:
 
 def _model_folder(config: VllmConfig) -> str | None:
     """The model as a folder that every node must have; None when it is the name of a repository."""
-    import os
-
     model = config.model_config.model
     return os.path.abspath(model) if os.path.isdir(model) else None

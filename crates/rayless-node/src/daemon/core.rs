@@ -10,9 +10,12 @@ use super::{
     keepers::Keeper,
     wire::{News, Wire},
 };
-use crate::run_dir::{self, RunDir};
+use crate::{
+    run_dir::{self, RunDir},
+    tokens::Tokens,
+};
 use rayless_control::{Head, Member, SessionId, head, member};
-use rayless_net::identity::ClusterIdentity;
+use rayless_net::identity::{ClusterIdentity, NodeKey};
 use rayless_proto::{
     ids::{GroupId, NodeId, PlacementGroupId, RequestId},
     limits::REAP_TIMEOUT,
@@ -41,6 +44,8 @@ const KILL_PATIENCE: Duration = Duration::from_secs(2);
 pub(crate) struct Core {
     pub(crate) run: RunDir,
     pub(crate) exe: PathBuf,
+    pub(crate) key: NodeKey,
+    pub(crate) tokens: Tokens,
     pub(crate) identity: ClusterIdentity,
     pub(crate) info: NodeInfo,
     /// What this node wants of links; each keeper gets it.
@@ -50,6 +55,8 @@ pub(crate) struct Core {
     pub(crate) dead_after: Duration,
     /// `--dead-after` of this node: how long *it* bears silence, whatever the cluster's value.
     pub(crate) own_dead_after: Option<Duration>,
+    /// `--step-deadline`.
+    pub(crate) step_deadline: Duration,
     /// The head as the user named it; empty on the head.
     pub(crate) head_address: String,
     /// IP address of the head as this node dials it.
@@ -212,6 +219,7 @@ impl Core {
                 self.wire.welcomed(head, self.dead_after);
                 tracing::info!(head = %head.short(), your_address, "member of the cluster");
                 self.wait = None;
+                self.tell_tokens(String::new());
                 self.tell_what_is_here();
                 self.send_requests_again(now);
                 if first {
@@ -282,6 +290,7 @@ impl Core {
             },
             head::Effect::Watch { node, incarnation } => self.wire.watch(node, incarnation),
             head::Effect::Unwatch { node, incarnation } => self.wire.unwatch(node, incarnation),
+            head::Effect::EndOverlap => self.end_overlap(now),
             head::Effect::Notify(event) => tracing::info!("{}: {}", event.kind, event.cause),
             head::Effect::SaveState(bytes) => match run_dir::write_atomically(&self.run.head_state(), &bytes) {
                 Ok(()) => self.save_failed = false,
@@ -295,7 +304,7 @@ impl Core {
         }
     }
 
-    fn head_takes(&mut self, input: head::Input, now: Instant) {
+    pub(crate) fn head_takes(&mut self, input: head::Input, now: Instant) {
         if matches!(&input, head::Input::Message { message: ToHead::Status { .. }, .. }) {
             self.tell_heard(now);
         }
@@ -480,6 +489,7 @@ impl Core {
                 self.placement_groups.remove(&id);
             }
             ToNode::NodeVerdict { node, name, state, cause } => self.verdict(node, name, state, &cause),
+            ToNode::Tokens(set) => self.take_tokens(&set),
             ToNode::Notice(event) => tracing::info!("head: {}: {}", event.kind, event.cause),
             answer => self.answer_from_head(answer, now),
         }

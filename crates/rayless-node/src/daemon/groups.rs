@@ -137,6 +137,9 @@ impl Core {
                     self.tell_head(ToHead::WorkerChanged { group, rank, pid, state });
                 }
             }
+            FromKeeper::Stuck { line } => self.tell_head(ToHead::RanksStuck { group, line }),
+            // This daemon does not ask.
+            FromKeeper::Looked { .. } => {}
             FromKeeper::Link(_) => {}
             FromKeeper::Ended { cause } => keeper.ended = Some(cause),
         }

@@ -11,6 +11,7 @@ mod event;
 mod groups;
 mod keepers;
 mod requests;
+mod tokens;
 mod wire;
 
 use self::{
@@ -22,6 +23,7 @@ use crate::{
     inventory::{self, Inventory, Wishes, gpu},
     node_env,
     run_dir::{RunDir, RunDirLock},
+    tokens::Tokens,
 };
 use rayless_control::{Head, Member, head::HeadConfig, member::MemberConfig};
 use rayless_net::{
@@ -62,7 +64,7 @@ pub struct DaemonConfig {
     pub run_dir: RunDir,
     /// Head or not.
     pub role: Role,
-    /// The cluster's secret.
+    /// The cluster's secret, or one that a rotation on this node has replaced.
     pub token: Token,
     /// `--port`; 0 takes a free one.
     pub port: u16,
@@ -75,6 +77,8 @@ pub struct DaemonConfig {
     /// `--dead-after`. The head's is the cluster's: it judges nodes by it. A node's own says how long it bears silence of the head, and its
     /// keepers that of their drivers.
     pub dead_after: Option<Duration>,
+    /// `--step-deadline`, for the drivers of this node; zero for none.
+    pub step_deadline: Duration,
     /// `--host-id`
     pub host_id: Option<String>,
     /// `--transport`, `--allow-tcp`, …
@@ -191,7 +195,9 @@ async fn start(config: DaemonConfig, lock: RunDirLock, talk: &mut dyn FnMut(Talk
     let started = Instant::now();
     let inventory = inventory::quick(&config.wishes).map_err(usage)?;
     let key = NodeKey::load_or_create(&config.run_dir.node_key()).map_err(failed)?;
-    let identity = ClusterIdentity::from_token(&config.token, &key).map_err(failed)?;
+    let tokens = Tokens::load(&config.run_dir, &config.token, SystemTime::now()).map_err(failed)?;
+    tokens.save_plain(&config.run_dir).map_err(|error| failed(format!("cannot write the token file: {error}")))?;
+    let identity = ClusterIdentity::from_tokens(tokens.current(), tokens.previous(), &key).map_err(failed)?;
     let (head_text, head_address, wait) = match &config.role {
         Role::Head => (String::new(), None, None),
         Role::Node { head, wait } => {
@@ -232,13 +238,16 @@ async fn start(config: DaemonConfig, lock: RunDirLock, talk: &mut dyn FnMut(Talk
         },
         started,
     );
-    let core = Core {
+    let mut core = Core {
         run: config.run_dir,
         exe: config.exe,
+        key,
+        tokens,
         identity,
         gpus_measured: gpu::has_driver() && !inventory.gpus.is_empty(),
         dead_after,
         own_dead_after: config.dead_after,
+        step_deadline: config.step_deadline,
         head_address: head_text,
         head_ip: head_address.map_or_else(|| info.address.clone(), |address| address.ip().to_string()),
         info,
@@ -262,6 +271,11 @@ async fn start(config: DaemonConfig, lock: RunDirLock, talk: &mut dyn FnMut(Talk
         phase: Phase::Up,
         save_failed: false,
     };
+    let overlap = core.tokens.overlap_left(SystemTime::now());
+    core.hand_in_tokens(overlap, started);
+    if core.tokens.was_rotated() {
+        core.identify_keepers();
+    }
     let outcome = core.serve(queue, talk).await;
     drop(lock);
     outcome

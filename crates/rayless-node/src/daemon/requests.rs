@@ -39,6 +39,14 @@ impl Core {
                 self.begin_leave(Some((client, request)), now);
                 return;
             }
+            ClientRequest::RotateToken { overlap_ms } => {
+                self.rotate_token(client, request, overlap_ms, now);
+                return;
+            }
+            ClientRequest::FinishRotation => {
+                self.finish_rotation(client, request, now);
+                return;
+            }
             ClientRequest::CreateGroup(mut spec) => {
                 // Known here for certain, whatever the client thinks.
                 spec.driver_node = self.info.id;
@@ -231,6 +239,7 @@ impl Core {
             joined: self.member.is_welcomed(),
             waiting_for: self.member.waiting_for().unwrap_or_default(),
             dead_after_ms: u64::try_from(self.dead_after.as_millis()).unwrap_or(u64::MAX),
+            step_deadline_ms: u64::try_from(self.step_deadline.as_millis()).unwrap_or(u64::MAX),
             host_id: self.info.host_id.clone(),
         }
     }

@@ -1,8 +1,11 @@
 //! Node and head: membership, placement and the life of groups.
 
-use super::status::{Event, StatusReport};
+use super::{
+    status::{Event, StatusReport},
+    token::TokenSet,
+};
 use crate::{
-    ids::{ClusterId, GroupId, Incarnation, NodeId, PlacementGroupId, Rank, RequestId},
+    ids::{ClusterId, GroupId, Incarnation, NodeId, PlacementGroupId, Rank, RequestId, TokenMark},
     resources::{Allocation, Resources, Strategy},
 };
 use rkyv::{Archive, Deserialize, Serialize};
@@ -312,6 +315,13 @@ pub enum ToHead {
         /// Empty where it was stopped in order; otherwise the one line of cause.
         cause: String,
     },
+    /// Ranks of a group on this node make no progress while their driver waits for them: an event for `status`.
+    RanksStuck {
+        /// The group.
+        group: GroupId,
+        /// One line that names them and what they are in.
+        line: String,
+    },
     /// Memory of these GPUs is not back yet (`true`) or is back (`false`).
     GpuDraining {
         /// GPU index and whether it drains.
@@ -321,6 +331,13 @@ pub enum ToHead {
     Update {
         /// The node with all it knows now. Resources may only grow by what was unknown at the join.
         info: NodeInfo,
+    },
+    /// The tokens that this node accepts: after each welcome, and as the answer to `Tokens`.
+    TokensHeld {
+        /// Their marks, the current one's first.
+        marks: Vec<TokenMark>,
+        /// Why the ones of the last `Tokens` could not be taken; empty otherwise.
+        problem: String,
     },
 }
 
@@ -428,6 +445,8 @@ pub enum ToNode {
         /// One line of cause.
         cause: String,
     },
+    /// Accept these tokens and no others from here on; answered with `TokensHeld` once they are on disk.
+    Tokens(TokenSet),
     /// Something that the node's own log should have too.
     Notice(Event),
 }

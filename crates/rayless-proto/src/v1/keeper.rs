@@ -14,6 +14,7 @@ use super::{
     control::{HeldGroup, NodeEnv, RankAllocation, WorkerState},
     link::{LinkPolicy, LinkReport},
     local::LeafBundle,
+    step::{Look, RankLook},
 };
 use crate::ids::{GroupId, NodeId, Rank};
 use rkyv::{Archive, Deserialize, Serialize};
@@ -65,6 +66,8 @@ pub enum ToKeeper {
         /// One line.
         cause: String,
     },
+    /// Shake hands with this identity from here on: the cluster's tokens have changed.
+    Leaf(LeafBundle),
     /// The head's view of a peer of this group's sessions.
     NodeVerdict {
         /// The node.
@@ -72,6 +75,8 @@ pub enum ToKeeper {
         /// What the head holds it for.
         state: super::status::NodeState,
     },
+    /// What do the ranks do? Answered with `Looked`.
+    Look(Look),
 }
 
 /// Keeper to daemon.
@@ -87,6 +92,16 @@ pub enum FromKeeper {
         pid: u32,
         /// What it is now.
         state: WorkerState,
+    },
+    /// Answer to `Look`.
+    Looked {
+        /// All ranks of this keeper.
+        ranks: Vec<RankLook>,
+    },
+    /// Ranks that make no progress while their driver waits for them.
+    Stuck {
+        /// One line that names them and what they are in.
+        line: String,
     },
     /// A link of one of its ranks changed. After `Held` one comes for each link that there was.
     Link(LinkReport),

@@ -1,7 +1,7 @@
 //! One well-formed message of every kind: where the decoder tests and the fuzz targets begin.
 
 use rayless_proto::{
-    ids::{ClusterId, GroupId, Incarnation, NodeId, PlacementGroupId},
+    ids::{ClusterId, GroupId, Incarnation, NodeId, PlacementGroupId, TokenMark},
     resources::{Allocation, CPU, GPU, GpuShare, Quantity, Resources, Strategy},
     v1::{
         control::{
@@ -16,9 +16,10 @@ use rayless_proto::{
         local::{ClientMessage, ClientReply, ClientRequest, DaemonMessage, Identity, LeafBundle},
         status::{
             Event, GpuState, GpuStatus, GroupState, GroupStatus, LinkStatus, NodeState, NodeStatus,
-            PlacementGroupStatus, StatusReport, WorkerStatus,
+            PlacementGroupStatus, StatusReport, TokenStatus, WorkerStatus,
         },
-        step::{KeeperEvent, Launch},
+        step::{KeeperEvent, Launch, LinkMoved, Look, RankLook},
+        token::{MarkedToken, TokenSet},
     },
 };
 
@@ -52,8 +53,10 @@ pub fn to_head() -> Vec<ToHead> {
         ToHead::KeeperReady { group: GROUP },
         ToHead::WorkerChanged { group: GROUP, rank: 1, pid: 77, state: WorkerState::Busy },
         ToHead::GroupEnded { group: GROUP, cause: "rank 1 was killed".into() },
+        ToHead::RanksStuck { group: GROUP, line: "rank 1: 12 s in execute_model (call 17)".into() },
         ToHead::GpuDraining { gpus: vec![(0, true), (1, false)] },
         ToHead::Update { info: info() },
+        ToHead::TokensHeld { marks: vec![TokenMark([1; 8]), TokenMark([2; 8])], problem: "disk full".into() },
     ]
 }
 
@@ -80,6 +83,7 @@ pub fn to_node() -> Vec<ToNode> {
         ToNode::Status { request: 5, report: report() },
         ToNode::NodeVerdict { node: NODE, name: "b".into(), state: NodeState::Suspect, cause: "silent".into() },
         ToNode::Notice(event()),
+        ToNode::Tokens(TokenSet { current: token(1), previous: Some(token(2)) }),
     ]
 }
 
@@ -98,6 +102,8 @@ pub fn client_messages() -> Vec<ClientMessage> {
         },
         ClientRequest::RemovePlacementGroup(PLACEMENT_GROUP),
         ClientRequest::Stop,
+        ClientRequest::RotateToken { overlap_ms: Some(60_000) },
+        ClientRequest::FinishRotation,
     ]
     .into_iter()
     .zip(1..)
@@ -119,6 +125,7 @@ pub fn daemon_messages() -> Vec<DaemonMessage> {
             joined: true,
             waiting_for: String::new(),
             dead_after_ms: 3000,
+            step_deadline_ms: 300_000,
             host_id: "boot/4026531840".into(),
         }),
         ClientReply::Status(report()),
@@ -148,6 +155,8 @@ pub fn to_keeper() -> Vec<ToKeeper> {
         ToKeeper::Watch,
         ToKeeper::Stop { cause: "stopped by `rayless stop`".into() },
         ToKeeper::NodeVerdict { node: NODE, state: NodeState::Alive },
+        ToKeeper::Leaf(leaf()),
+        ToKeeper::Look(look()),
     ]
 }
 
@@ -156,6 +165,8 @@ pub fn from_keeper() -> Vec<FromKeeper> {
     vec![
         FromKeeper::Held(held()),
         FromKeeper::WorkerChanged { rank: 0, pid: 4, state: WorkerState::Dead },
+        FromKeeper::Looked { ranks: vec![rank_look()] },
+        FromKeeper::Stuck { line: "rank 1: 12 s in execute_model (call 17)".into() },
         FromKeeper::Link(link_report()),
         FromKeeper::Ended { cause: String::new() },
     ]
@@ -292,9 +303,32 @@ pub fn keeper_events() -> Vec<KeeperEvent> {
         KeeperEvent::Ready { rank: 1, versions: vec![("python".into(), "3.11.7".into())] },
         KeeperEvent::Changed { rank: 1, state: WorkerState::Ready },
         KeeperEvent::Failed { rank: Some(1), cause: "killed by signal 9".into(), tail: "last words".into() },
+        KeeperEvent::Looked { ranks: vec![rank_look()] },
         KeeperEvent::Link(link_report()),
         KeeperEvent::Ended,
     ]
+}
+
+fn token(number: u8) -> MarkedToken {
+    MarkedToken { mark: TokenMark([number; 8]), text: "rl1_60rk4csm6mv3ee1sc5h66s35csrgesv7".into() }
+}
+
+/// What a driver asks when nothing moves.
+pub fn look() -> Look {
+    Look { still_ms: 10_000, stacks: true }
+}
+
+fn rank_look() -> RankLook {
+    RankLook {
+        rank: 1,
+        pid: 77,
+        state: WorkerState::Busy,
+        call: 17,
+        doing: "execute_model".into(),
+        still_ms: 12_000,
+        link: Some(LinkMoved { peer: 0, channel: 2, receiving: true, sequence: 33 }),
+        stack: "Thread 0x1 (most recent call first):".into(),
+    }
 }
 
 /// The state of a cluster.
@@ -305,6 +339,12 @@ pub fn report() -> StatusReport {
         protocol: 1,
         uptime_ms: 1000,
         refused_handshakes: 2,
+        token: TokenStatus {
+            mark: Some(TokenMark([1; 8])),
+            rotating: true,
+            left_ms: Some(60_000),
+            behind: vec![(NODE, "its disk is full".into())],
+        },
         nodes: vec![NodeStatus {
             id: NODE,
             name: "a".into(),
