@@ -127,6 +127,13 @@ class SendLink:
         self, tensors: Sequence[_Tensor], extra: bytes | None = None, tag: int = 0, keep: object = None
     ) -> SendHandle:
         """Returns at once; ``keep`` is held until the message has left."""
+    def isend_cuda(
+        self, tensors: Sequence[_Tensor], extra: bytes | None, tag: int, stream: int, device: int, keep: object
+    ) -> CudaSendHandle:
+        """Sends tensors in GPU memory that ``stream`` of ``device`` will have computed when it comes to this point.
+
+        Returns at once; ``keep`` is held until the tensors have been read.
+        """
     def pending(self) -> int:
         """Messages that were accepted and have not left."""
     def close(self, timeout: float = 5.0) -> None:
@@ -141,11 +148,31 @@ class SendHandle:
     def is_completed(self) -> bool: ...
     def wait(self, timeout: float | None = None) -> None: ...
 
+class CudaSendHandle:
+    """A message of GPU tensors under way. An error of a method: the link is lost."""
+
+    def is_completed(self) -> bool:
+        """Whether the tensors have been read."""
+    def wait_stream(self, stream: int) -> None:
+        """Makes a stream wait until the tensors have been read; the host does not wait."""
+    def wait(self, timeout: float | None = None) -> None:
+        """Waits, with the host, until the tensors have been read."""
+
+class CudaRecvHandle:
+    """A payload that is coming into GPU memory."""
+
+    def is_completed(self) -> bool:
+        """Whether the buffers are filled."""
+    def wait_stream(self, stream: int) -> None:
+        """Makes a stream wait until the buffers are filled; the host does not wait."""
+
 class Announced:
     """What a message says of itself; ``tensors`` are (name, dtype, shape)."""
 
     sequence: int
     tag: int
+    device: bool
+    """Whether the tensors are in GPU memory at the sender."""
     extra: bytes
     tensors: tuple[tuple[str, str, tuple[int, ...]], ...]
 
@@ -159,6 +186,19 @@ class RecvLink:
         """Waits for the next message; asked again before its payload is taken, it says the same."""
     def recv_payload(self, buffers: Sequence[tuple[int, int]], timeout: float | None = None) -> None:
         """Takes the payload into (address, bytes), one per tensor."""
+    def recv_cuda(
+        self,
+        buffers: Sequence[tuple[int, int]],
+        stream: int,
+        device: int,
+        keep: object,
+        timeout: float | None = None,
+    ) -> CudaRecvHandle:
+        """Receives the announced message's payload into GPU memory, for ``stream`` of ``device``.
+
+        Returns at once: streams wait, once told by ``wait_stream`` (where they cannot, the host waits here, for at most
+        ``timeout``). ``keep`` is held until the buffers are filled.
+        """
     def close(self) -> None:
         """Idempotent; ends a call of another thread."""
     def report(self) -> dict[str, Any]: ...

@@ -14,6 +14,10 @@ A link goes one way and keeps the order. Its messages come whole and once, or it
 (``LinkRejectedError``) and costs nothing else. ``step`` numbers: a receiver that names one gets that step's message or
 ``LinkLostError``, never another step's tensors.
 
+CUDA tensors are read and filled by streams: nothing but ``is_completed`` and waits with a ``timeout`` looks at the GPU from the
+host. On one host payloads go from GPU to GPU, elsewhere through pinned memory at both ends; ``link.report()["gpu"]`` says which, and why.
+``RAYLESS_GPU_HOP=staged`` keeps to pinned memory, ``host`` also lets the host do the waiting: for measuring, and for finding faults.
+
 A link is used by one thread at a time. torch is imported with the first ``TensorSender`` or ``TensorReceiver``.
 """
 
@@ -23,7 +27,7 @@ import pickle
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from rayless._rayless import Announced, RecvLink, SendHandle, SendLink, link_pair
+from rayless._rayless import Announced, CudaSendHandle, RecvLink, SendHandle, SendLink, link_pair
 from rayless.exceptions import LinkRejectedError, RayError
 
 if TYPE_CHECKING:
@@ -89,7 +93,7 @@ class Sending(Protocol):
 class _DeviceSend:
     """A message of CUDA tensors: who waits is the stream, not the host."""
 
-    def __init__(self, handle: Any, device: torch.device) -> None:
+    def __init__(self, handle: CudaSendHandle, device: torch.device) -> None:
         self._handle = handle
         self._device = device
 
@@ -145,12 +149,11 @@ class TensorSender:
 
         described, held = self._describe(tensors)
         device = held[0].device
-        isend = getattr(self.link, "isend_cuda", None)
-        if isend is None or any(tensor.device != device for tensor in held):
+        if device.type != "cuda" or any(tensor.device != device for tensor in held):
             devices = ", ".join(sorted({str(tensor.device) for tensor in held}))
-            raise self._rejected("device", f"tensors on {devices}", "give tensors of one device that the link can read")
+            raise self._rejected("device", f"tensors on {devices}", "give tensors of one CUDA device, or of the host")
         stream = torch.cuda.current_stream(device).cuda_stream
-        return _DeviceSend(isend(described, extra, step, stream, device.index, held), device)
+        return _DeviceSend(self.link.isend_cuda(described, extra, step, stream, device.index, held), device)
 
     def _describe(
         self, tensors: dict[str, torch.Tensor]
@@ -266,7 +269,7 @@ class Incoming:
         if self._done is None:
             self._start(timeout)
         if self._done is not True:
-            self._done.wait(timeout)
+            self._done.wait_stream(self._current_stream())
 
     def is_completed(self) -> bool:
         """Whether the bytes are in the tensors."""
@@ -277,14 +280,17 @@ class Incoming:
     def _start(self, timeout: float | None) -> None:
         buffers = [(tensor.data_ptr(), tensor.nbytes) for tensor in self._tensors]
         if self._tensors and self._tensors[0].is_cuda:
-            import torch
-
             device = self._tensors[0].device
-            stream = torch.cuda.current_stream(device).cuda_stream
-            self._done = self._link.recv_cuda(buffers, stream, device.index)  # type: ignore[attr-defined]
+            stream = self._current_stream()
+            self._done = self._link.recv_cuda(buffers, stream, device.index, self._tensors, timeout)
         else:
             self._link.recv_payload(buffers, timeout)
             self._done = True
+
+    def _current_stream(self) -> int:
+        import torch
+
+        return int(torch.cuda.current_stream(self._tensors[0].device).cuda_stream)
 
 
 # --- what travels beside the tensors ---

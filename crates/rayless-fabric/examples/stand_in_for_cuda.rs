@@ -264,7 +264,13 @@ pub unsafe extern "C" fn cuPointerGetAttribute(out: *mut c_int, attribute: c_int
     let inside = |(base, memory): &(&u64, &Memory)| (**base..**base + memory.bytes as u64).contains(&address);
     let Some((_, memory)) = memory.as_ref().and_then(|all| all.iter().find(inside)) else { return INVALID_VALUE };
     out.write(match attribute {
-        2 => if memory.device.is_some() { 2 } else { 1 },
+        2 => {
+            if memory.device.is_some() {
+                2
+            } else {
+                1
+            }
+        }
         _ => memory.device.unwrap_or(0),
     });
     OK
@@ -295,7 +301,7 @@ pub unsafe extern "C" fn cuMemFreeHost(address: u64) -> c_int {
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemHostRegister_v2(address: u64, bytes: usize, _flags: c_uint) -> c_int {
-    if address % 4096 != 0 || bytes % 4096 != 0 {
+    if !address.is_multiple_of(4096) || !bytes.is_multiple_of(4096) {
         return INVALID_VALUE;
     }
     remember(address, Memory { bytes, device: None, fd: -1 });

@@ -257,7 +257,8 @@ impl SendQueue {
         let payload = match payload() {
             Ok(payload) if payload.path() == path => payload,
             other => {
-                let cause = other.err().unwrap_or_else(|| "the payload took another way than its header says".to_owned());
+                let cause =
+                    other.err().unwrap_or_else(|| "the payload took another way than its header says".to_owned());
                 let error = self.give_up(state, cause);
                 drop(guard);
                 self.shared.changed.notify_all();

@@ -54,7 +54,12 @@ enum State {
     /// The payload is due.
     Payload(Header, Arc<Schema>),
     /// A device message's payload is due, all but what came in chunks so far.
-    Device { header: Header, schema: Arc<Schema>, path: DevicePath, chunks: Chunks },
+    Device {
+        header: Header,
+        schema: Arc<Schema>,
+        path: DevicePath,
+        chunks: Chunks,
+    },
     Closed,
     Lost(Lost),
 }
@@ -262,7 +267,8 @@ impl RecvLink {
 
     /// The body of a chunk, and its checksum.
     fn read_chunk(&mut self, header: Header, into: &mut [u8], wait: &Wait<'_>) -> Result<(), RecvError> {
-        let State::Device { chunks: Chunks { current: Some((_, mut filled)), mut trailer, .. }, .. } = self.state else {
+        let State::Device { chunks: Chunks { current: Some((_, mut filled)), mut trailer, .. }, .. } = self.state
+        else {
             return Ok(());
         };
         let tail: &mut [u8] = if header.checksum { &mut trailer } else { &mut [] };
@@ -370,8 +376,9 @@ impl RecvLink {
     fn check_parts(&self, parts: &[&mut [u8]]) -> Result<Header, RecvError> {
         let rejected = |kind, reason| Err(Rejected { link: self.name, kind, reason }.into());
         let (header, schema) = match &self.state {
-            State::Payload(header, schema)
-            | State::Device { header, schema, path: DevicePath::Chunks, .. } => (*header, schema),
+            State::Payload(header, schema) | State::Device { header, schema, path: DevicePath::Chunks, .. } => {
+                (*header, schema)
+            }
             State::Device { path: DevicePath::Slots, .. } => {
                 let reason = "the payload is in GPU memory that both processes share; receive it with CUDA".to_owned();
                 return rejected(RejectedKind::OutOfTurn, reason);

@@ -110,7 +110,9 @@ impl RecvQueue {
         let mut state = self.shared.lock();
         loop {
             // While the thread receives, it has the link; before it has taken the link there is its job.
-            if state.job.is_none() && let Some(link) = &mut state.link {
+            if state.job.is_none()
+                && let Some(link) = &mut state.link
+            {
                 return run(link);
             }
             let slice = match wait.next_slice(&self.cancel) {

@@ -170,7 +170,10 @@ fn a_header_arrives_before_its_payload_is_ready_and_the_payload_follows_as_it_be
         let handle = isend(&mut tx, 7, source);
         let announced = rx.recv_header(Some(7), &long()).unwrap();
         assert_eq!(announced.device, Some(DevicePath::Chunks));
-        assert_eq!((announced.schema.payload_bytes(), announced.schema.extra.as_slice()), (data.len() as u64, &b"x"[..]));
+        assert_eq!(
+            (announced.schema.payload_bytes(), announced.schema.extra.as_slice()),
+            (data.len() as u64, &b"x"[..])
+        );
         let (sink, got) = Collect::new();
         rx.irecv_chunks(sink).unwrap();
         assert!(!handle.is_done().unwrap());

@@ -148,6 +148,7 @@ pub(crate) fn link_rejected(py: Python<'_>, rejected: &Rejected) -> PyErr {
         RejectedKind::DType => ("dtype", "convert it to a dtype that both ends take"),
         RejectedKind::TooLarge => ("too large", "send it in several messages"),
         RejectedKind::Mismatch => ("mismatch", "give buffers of the shapes that the header announced"),
+        RejectedKind::Device => ("device", "give tensors in memory of one CUDA device, and a stream of it"),
         RejectedKind::OutOfTurn => ("out of turn", "finish the message before first"),
     };
     link(py, "LinkRejectedError", &format!("{rejected}\nhint: {hint}"), rejected.link, Some(kind))

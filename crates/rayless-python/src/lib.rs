@@ -1,15 +1,16 @@
 //! The native module `rayless._rayless`: the driver's and the worker's side of [`rayless_worker`] for Python, and the links of [`rayless_fabric`].
 //!
 //! Read [`group`] (a call goes down and its replies come up), [`start`] (how a group comes to be), [`worker`] (the loop of a
-//! worker), [`link`] (tensors between workers) and [`errors`] (what each failure is in Python). `python/rayless/_rayless.pyi` is the interface as Python sees it.
+//! worker), [`link`] and `cuda_link` (tensors between workers) and [`errors`] (what each failure is in Python). `python/rayless/_rayless.pyi` is the interface as Python sees it.
 //!
 //! Two rules: whatever waits, waits without the GIL; and no lock of this crate is held while Python code runs.
-// Only for the memory of tensors: see `memory` and `link`.
+// Only for the memory of tensors: see `memory`, `link` and `cuda_link`.
 #![deny(unsafe_code)]
 
 use pyo3::prelude::*;
 
 mod cluster;
+mod cuda_link;
 mod errors;
 mod group;
 mod link;
@@ -24,6 +25,7 @@ mod _rayless {
     #[pymodule_export]
     use crate::{
         cluster::{identify, status, stop_group},
+        cuda_link::{CudaRecvHandle, CudaSendHandle},
         group::{Call, Group},
         link::{Announced, RecvLink, SendHandle, SendLink},
         link_pair::link_pair,

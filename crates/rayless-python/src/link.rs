@@ -7,6 +7,7 @@
 #![allow(unsafe_code)]
 
 use crate::{
+    cuda_link::{self, CudaRecvHandle, CudaSendHandle, Place},
     errors,
     memory::{Kept, Span},
     waiting::waiting,
@@ -16,8 +17,10 @@ use pyo3::{
     types::{PyBytes, PyDict, PyTuple},
 };
 use rayless_fabric::{
-    self as fabric, Cancel, DType, Extra, LinkName, OwnedTensor, Probe, Rejected, RejectedKind, Schema, SendQueue,
-    TensorRef, TensorSpec, transport::Counters,
+    self as fabric, Cancel, DType, Extra, LinkName, OwnedTensor, Probe, RecvQueue, Rejected, RejectedKind, Schema,
+    SendQueue, TensorRef, TensorSpec,
+    cuda::{CudaReceiver, CudaSender},
+    transport::Counters,
 };
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -31,6 +34,7 @@ const GOODBYE: f64 = 5.0;
 #[pyclass(frozen, module = "rayless._rayless")]
 pub(crate) struct SendLink {
     queue: Mutex<SendQueue>,
+    cuda: Mutex<CudaSender>,
     probe: Arc<Probe>,
     cancel: Cancel,
     device: Option<String>,
@@ -40,7 +44,13 @@ impl SendLink {
     pub(crate) fn new(link: fabric::SendLink) -> Self {
         let device = link.device().map(str::to_owned);
         let queue = SendQueue::new(link);
-        Self { probe: queue.probe(), cancel: queue.canceller(), device, queue: Mutex::new(queue) }
+        Self {
+            probe: queue.probe(),
+            cancel: queue.canceller(),
+            device,
+            queue: Mutex::new(queue),
+            cuda: cuda_link::sender(),
+        }
     }
 
     /// The queue, for one call. Never with the GIL held: who holds it may be waiting for the peer.
@@ -146,6 +156,23 @@ impl SendLink {
         .map_err(|error| errors::link_send(py, error))
     }
 
+    #[pyo3(signature = (tensors, extra, tag, stream, device, keep))]
+    #[expect(clippy::too_many_arguments, reason = "a message, and where and when it is computed")]
+    fn isend_cuda(
+        &self,
+        py: Python<'_>,
+        tensors: Vec<Given>,
+        extra: Option<&[u8]>,
+        tag: u64,
+        stream: usize,
+        device: i32,
+        keep: Py<PyAny>,
+    ) -> PyResult<CudaSendHandle> {
+        let tensors = self::tensors(py, self.name(), tensors)?;
+        let extra = Extra { tag, bytes: extra.unwrap_or_default() };
+        cuda_link::isend(py, (&self.queue, &self.cuda), &tensors, extra, Place { stream, device }, keep)
+    }
+
     /// Messages that have been accepted and have not left.
     fn pending(&self, py: Python<'_>) -> u64 {
         py.detach(|| self.lock().pending())
@@ -154,7 +181,7 @@ impl SendLink {
     #[pyo3(signature = (timeout=GOODBYE))]
     fn close(&self, py: Python<'_>, timeout: f64) -> PyResult<()> {
         let closed = waiting(py, Some(timeout), |wait| self.lock().close(wait))?;
-        match closed {
+        let closed = match closed {
             Ok(true) => Ok(()),
             Ok(false) => {
                 // What is in the queue is given up: the receiver learns that the link is lost.
@@ -163,11 +190,16 @@ impl SendLink {
             }
             // Closed before, or lost: either way there is nothing left to close.
             Err(_) => Ok(()),
-        }
+        };
+        py.detach(|| cuda_link::close_sender(&self.cuda));
+        closed
     }
 
     fn report<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        report(py, &self.probe, self.device.as_deref())
+        let fields = report(py, &self.probe, self.device.as_deref())?;
+        let gpu = py.detach(|| lock(&self.cuda).report().clone());
+        fields.set_item("gpu", cuda_link::report(py, &gpu)?)?;
+        Ok(fields)
     }
 
     fn counters<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
@@ -216,7 +248,9 @@ impl SendHandle {
 /// The receiving end.
 #[pyclass(frozen, module = "rayless._rayless")]
 pub(crate) struct RecvLink {
-    link: Mutex<fabric::RecvLink>,
+    // Dropped in this order: the queue's thread fills what the other holds.
+    queue: Mutex<RecvQueue>,
+    cuda: Mutex<CudaReceiver>,
     probe: Arc<Probe>,
     cancel: Cancel,
     device: Option<String>,
@@ -236,14 +270,15 @@ impl RecvLink {
             probe: link.probe(),
             cancel: link.canceller(),
             device: link.device().map(str::to_owned),
-            link: Mutex::new(link),
+            queue: Mutex::new(RecvQueue::new(link)),
+            cuda: cuda_link::receiver(),
             known: Mutex::new(None),
         }
     }
 
     /// The link, for one call. Never with the GIL held: who holds it may be waiting for the peer.
-    pub(crate) fn lock(&self) -> MutexGuard<'_, fabric::RecvLink> {
-        lock(&self.link)
+    pub(crate) fn lock(&self) -> MutexGuard<'_, RecvQueue> {
+        lock(&self.queue)
     }
 
     pub(crate) fn name(&self) -> LinkName {
@@ -295,7 +330,8 @@ impl RecvLink {
         let announced = waiting(py, timeout, |wait| self.lock().recv_header(step, wait))?
             .map_err(|error| errors::link_recv(py, error))?;
         let (extra, tensors) = self.described(py, announced.schema)?;
-        Ok(Announced { sequence: announced.sequence, tag: announced.tag, extra, tensors })
+        let (sequence, tag, device) = (announced.sequence, announced.tag, announced.device.is_some());
+        Ok(Announced { sequence, tag, device, extra, tensors })
     }
 
     #[pyo3(signature = (buffers, timeout=None))]
@@ -311,21 +347,38 @@ impl RecvLink {
         .map_err(|error| errors::link_recv(py, error))
     }
 
+    #[pyo3(signature = (buffers, stream, device, keep, timeout=None))]
+    fn recv_cuda(
+        &self,
+        py: Python<'_>,
+        buffers: Vec<(u64, u64)>,
+        stream: usize,
+        device: i32,
+        keep: Py<PyAny>,
+        timeout: Option<f64>,
+    ) -> PyResult<CudaRecvHandle> {
+        cuda_link::recv(py, (&self.queue, &self.cuda), &buffers, Place { stream, device }, keep, timeout)
+    }
+
     fn close(&self, py: Python<'_>) {
         py.detach(|| {
             // Ends a call of another thread first, which holds the lock.
             self.cancel.cancel();
             self.lock().close();
+            cuda_link::close_receiver(&self.cuda);
         });
     }
 
     fn report<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        report(py, &self.probe, self.device.as_deref())
+        let fields = report(py, &self.probe, self.device.as_deref())?;
+        let gpu = py.detach(|| lock(&self.cuda).report().clone());
+        fields.set_item("gpu", cuda_link::report(py, &gpu)?)?;
+        Ok(fields)
     }
 
     fn counters<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let counted = py.detach(|| self.lock().counters());
-        counters(py, Some(counted))
+        counters(py, counted)
     }
 
     fn __repr__(&self) -> String {
@@ -338,11 +391,13 @@ impl RecvLink {
 pub(crate) struct Announced {
     sequence: u64,
     tag: u64,
+    /// Whether the tensors are in GPU memory at the sender.
+    device: bool,
     extra: Py<PyBytes>,
     tensors: Py<PyTuple>,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // A panic in a call has been passed on as an exception; the link itself knows what state it is in.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

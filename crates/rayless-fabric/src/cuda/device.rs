@@ -116,15 +116,12 @@ impl Device {
         self.stream_operations
     }
 
-    /// Runs driver calls with the primary context current.
-    fn call<const N: usize>(
-        &self,
-        calls: [(&'static str, &dyn Fn(&Functions) -> ffi::Status); N],
-    ) -> Result<(), CudaError> {
+    /// Runs a driver call with the primary context current.
+    fn call(&self, name: &'static str, call: impl FnOnce(&Functions) -> ffi::Status) -> Result<(), CudaError> {
         let functions = self.functions;
         // SAFETY: the context is retained while `self` lives.
         check(functions, "cuCtxPushCurrent", unsafe { (functions.context_push)(self.context) })?;
-        let outcome = calls.into_iter().try_for_each(|(name, call)| check(functions, name, call(functions)));
+        let outcome = check(functions, name, call(functions));
         let mut popped = ptr::null_mut();
         // SAFETY: the place is ours; this takes off what was pushed above.
         let put_back = check(functions, "cuCtxPopCurrent", unsafe { (functions.context_pop)(&raw mut popped) });
@@ -189,7 +186,7 @@ impl OwnStream {
         let place = &raw mut handle;
         // SAFETY: the place is ours.
         let create = |f: &Functions| unsafe { (f.stream_create)(place, ffi::STREAM_NON_BLOCKING) };
-        device.call([("cuStreamCreate", &create)])?;
+        device.call("cuStreamCreate", create)?;
         Ok(Self { device: Arc::clone(device), stream: Stream(handle) })
     }
 }
@@ -199,7 +196,7 @@ impl Drop for OwnStream {
         // SAFETY: made in `new`. The driver lets what is in the stream finish and does not wait for it.
         let destroy = |f: &Functions| unsafe { (f.stream_destroy)(self.stream.0) };
         // Nothing can be done about an error here.
-        let _ = self.device.call([("cuStreamDestroy", &destroy)]);
+        let _ = self.device.call("cuStreamDestroy", destroy);
     }
 }
 
@@ -220,7 +217,7 @@ impl Event {
         let place = &raw mut handle;
         // SAFETY: the place is ours.
         let create = |f: &Functions| unsafe { (f.event_create)(place, ffi::EVENT_DISABLE_TIMING) };
-        device.call([("cuEventCreate", &create)])?;
+        device.call("cuEventCreate", create)?;
         Ok(Self { device: Arc::clone(device), handle })
     }
 
@@ -234,7 +231,7 @@ impl Event {
     pub(super) fn record(&self, stream: Stream) -> Result<(), CudaError> {
         // SAFETY: event and stream are of this device and alive.
         let record = |f: &Functions| unsafe { (f.event_record)(self.handle, stream.0) };
-        self.device.call([("cuEventRecord", &record)])
+        self.device.call("cuEventRecord", record)
     }
 
     /// Whether the stream has come past it.
@@ -246,7 +243,7 @@ impl Event {
             done.set(status != ffi::ERROR_NOT_READY);
             if done.get() { status } else { ffi::SUCCESS }
         };
-        self.device.call([("cuEventQuery", &query)])?;
+        self.device.call("cuEventQuery", query)?;
         Ok(done.get())
     }
 
@@ -254,7 +251,7 @@ impl Event {
     pub(super) fn hold(&self, stream: Stream) -> Result<(), CudaError> {
         // SAFETY: event and stream are alive; flags must be 0.
         let wait = |f: &Functions| unsafe { (f.stream_wait_event)(stream.0, self.handle, 0) };
-        self.device.call([("cuStreamWaitEvent", &wait)])
+        self.device.call("cuStreamWaitEvent", wait)
     }
 }
 
@@ -263,7 +260,7 @@ impl Drop for Event {
         // SAFETY: made in `new`; one that has not happened yet is freed by the driver when it has.
         let destroy = |f: &Functions| unsafe { (f.event_destroy)(self.handle) };
         // Nothing can be done about an error here.
-        let _ = self.device.call([("cuEventDestroy", &destroy)]);
+        let _ = self.device.call("cuEventDestroy", destroy);
     }
 }
 
@@ -322,7 +319,7 @@ impl Device {
         let place = &raw mut status;
         // SAFETY: the place is ours, the stream alive.
         let ask = |f: &Functions| unsafe { (f.stream_is_capturing)(stream.0, place) };
-        self.call([("cuStreamIsCapturing", &ask)])?;
+        self.call("cuStreamIsCapturing", ask)?;
         Ok(status != 0)
     }
 }
@@ -339,7 +336,7 @@ impl DeviceMemory {
         let place = &raw mut address;
         // SAFETY: the place is ours.
         let allocate = |f: &Functions| unsafe { (f.mem_alloc)(place, bytes) };
-        device.call([("cuMemAlloc", &allocate)])?;
+        device.call("cuMemAlloc", allocate)?;
         Ok(Self { device: Arc::clone(device), address })
     }
 
@@ -349,7 +346,7 @@ impl DeviceMemory {
         let place = &raw mut handle;
         // SAFETY: the place is ours, the address that of an allocation.
         let get = |f: &Functions| unsafe { (f.ipc_handle)(place, self.address) };
-        self.device.call([("cuIpcGetMemHandle", &get)])?;
+        self.device.call("cuIpcGetMemHandle", get)?;
         Ok(handle.0)
     }
 }
@@ -359,7 +356,7 @@ impl Drop for DeviceMemory {
         // SAFETY: allocated in `new`; whoever owned this has seen to it that nothing uses it any more.
         let free = |f: &Functions| unsafe { (f.mem_free)(self.address) };
         // Nothing can be done about an error here.
-        let _ = self.device.call([("cuMemFree", &free)]);
+        let _ = self.device.call("cuMemFree", free);
     }
 }
 
@@ -374,9 +371,8 @@ impl PeerMemory {
         let mut address = 0;
         let place = &raw mut address;
         // SAFETY: the place is ours; a handle that names nothing is refused.
-        let open =
-            |f: &Functions| unsafe { (f.ipc_open)(place, IpcHandle(handle), ffi::IPC_LAZY_ENABLE_PEER_ACCESS) };
-        device.call([("cuIpcOpenMemHandle", &open)])?;
+        let open = |f: &Functions| unsafe { (f.ipc_open)(place, IpcHandle(handle), ffi::IPC_LAZY_ENABLE_PEER_ACCESS) };
+        device.call("cuIpcOpenMemHandle", open)?;
         Ok(Self { device: Arc::clone(device), address })
     }
 }
@@ -386,7 +382,7 @@ impl Drop for PeerMemory {
         // SAFETY: mapped in `open`; whoever owned this has seen to it that no stream uses it any more.
         let close = |f: &Functions| unsafe { (f.ipc_close)(self.address) };
         // Nothing can be done about an error here.
-        let _ = self.device.call([("cuIpcCloseMemHandle", &close)]);
+        let _ = self.device.call("cuIpcCloseMemHandle", close);
     }
 }
 
@@ -412,7 +408,7 @@ impl Pinned {
         let flags = ffi::HOST_ALLOC_PORTABLE | ffi::HOST_ALLOC_DEVICEMAP;
         // SAFETY: the place is ours.
         let allocate = |f: &Functions| unsafe { (f.host_alloc)(place, bytes, flags) };
-        device.call([("cuMemHostAlloc", &allocate)])?;
+        device.call("cuMemHostAlloc", allocate)?;
         let Some(memory) = NonNull::new(host.cast::<u8>()) else {
             return Err(CudaError::new(device.functions, "cuMemHostAlloc", ffi::ERROR_INVALID_VALUE));
         };
@@ -436,7 +432,7 @@ impl Pinned {
         let flags = ffi::HOST_REGISTER_PORTABLE | ffi::HOST_REGISTER_DEVICEMAP;
         // SAFETY: by contract.
         let register = |f: &Functions| unsafe { (f.host_register)(host.as_ptr().cast(), bytes, flags) };
-        device.call([("cuMemHostRegister", &register)])?;
+        device.call("cuMemHostRegister", register)?;
         let mut pinned = Self { device: Arc::clone(device), host, address: 0, registered: Some(keep) };
         pinned.find_address()?;
         Ok(pinned)
@@ -448,7 +444,7 @@ impl Pinned {
         let place = &raw mut address;
         // SAFETY: the place is ours, the memory pinned and mapped for devices; flags must be 0.
         let get = |f: &Functions| unsafe { (f.host_device_pointer)(place, self.host.as_ptr().cast(), 0) };
-        self.device.call([("cuMemHostGetDevicePointer", &get)])?;
+        self.device.call("cuMemHostGetDevicePointer", get)?;
         self.address = address;
         Ok(())
     }
@@ -463,6 +459,6 @@ impl Drop for Pinned {
             unsafe { if registered { (f.host_unregister)(host) } else { (f.host_free)(host) } }
         };
         // Nothing can be done about an error here.
-        let _ = self.device.call([("freeing pinned memory", &free)]);
+        let _ = self.device.call("freeing pinned memory", free);
     }
 }

@@ -62,7 +62,6 @@ impl CudaReceiver {
     /// # Safety
     /// `stream` must be a stream of that device, or 0; the buffers must stay allocated, and must not be used by
     /// anything but `stream` before this call, while `keep` lives.
-    #[expect(clippy::too_many_arguments, reason = "a message, and where and when it is wanted")]
     pub unsafe fn recv(
         &mut self,
         queue: &mut RecvQueue,
@@ -285,7 +284,9 @@ impl Sink for StagedSink {
         if !self.ring.is_free(self.next) {
             return Ok(None);
         }
-        let Some(slot) = self.ring.slot_host(self.next) else { return Err("the slots are not in host memory".to_owned()) };
+        let Some(slot) = self.ring.slot_host(self.next) else {
+            return Err("the slots are not in host memory".to_owned());
+        };
         // SAFETY: the slot is this long, lives as long as the ring, and is ours until `filled`: the device reads it only
         // after that.
         Ok(Some(unsafe { std::slice::from_raw_parts_mut(slot.as_ptr(), CHUNK) }))

@@ -71,14 +71,15 @@ impl Retired {
     }
 
     fn is_free(&mut self) -> bool {
-        self.uses.settle() && match &self.end {
-            End::Private | End::Borrower(_) => true,
-            End::Lender(page) => match page.state() {
-                State::Accepted => page.receiver().has_ended(),
-                State::Offered => page.withdraw(),
-                State::Nothing | State::Refused | State::Closed | State::Withdrawn => true,
-            },
-        }
+        self.uses.settle()
+            && match &self.end {
+                End::Private | End::Borrower(_) => true,
+                End::Lender(page) => match page.state() {
+                    State::Accepted => page.receiver().has_ended(),
+                    State::Offered => page.withdraw(),
+                    State::Nothing | State::Refused | State::Closed | State::Withdrawn => true,
+                },
+            }
     }
 }
 

@@ -215,7 +215,13 @@ pub(super) fn pieces(tensors: &[(Address, u64)], start: u64, end: u64) -> impl I
 
 /// What streams still use a ring for.
 #[derive(Default)]
-pub(super) struct Uses(Vec<(Arc<Event>, Option<Box<dyn Send>>)>);
+pub(super) struct Uses(Vec<Use>);
+
+/// Until the event, the ring and what is kept are in use.
+struct Use {
+    until: Arc<Event>,
+    _keep: Option<Box<dyn Send>>,
+}
 
 /// All that streams of this process still do for any link.
 static UNFINISHED: Mutex<Vec<Arc<Event>>> = Mutex::new(Vec::new());
@@ -232,7 +238,7 @@ impl Uses {
     /// Until `event`, the ring and `keep` are in use.
     pub(super) fn add(&mut self, event: &Arc<Event>, keep: Option<Box<dyn Send>>) {
         self.settle();
-        self.0.push((Arc::clone(event), keep));
+        self.0.push(Use { until: Arc::clone(event), _keep: keep });
         let mut all = UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner);
         // Streams finish in order, so the oldest tell enough; what is left over goes with the next sweep.
         while all.first().is_some_and(|oldest| !matches!(oldest.is_done(), Ok(false))) {
@@ -244,7 +250,7 @@ impl Uses {
     /// Lets go of what is done with; true: of everything. An event that cannot be asked belongs to a context that is
     /// broken or gone, and with it all its work.
     pub(super) fn settle(&mut self) -> bool {
-        self.0.retain(|(event, _)| matches!(event.is_done(), Ok(false)));
+        self.0.retain(|one| matches!(one.until.is_done(), Ok(false)));
         self.0.is_empty()
     }
 }

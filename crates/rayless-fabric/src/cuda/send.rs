@@ -86,7 +86,6 @@ impl CudaSender {
     ///
     /// # Safety
     /// `stream` must be a stream of that device, or 0, and the tensors' memory must stay allocated while `keep` lives.
-    #[expect(clippy::too_many_arguments, reason = "a message, and where and when it is computed")]
     pub unsafe fn isend(
         &mut self,
         queue: &mut SendQueue,
@@ -154,7 +153,8 @@ impl CudaSender {
             (None, Some(progress)) => {
                 let cancelled = || handle.is_done().is_err();
                 // SAFETY: as above.
-                let copied = unsafe { fill_by_host(lane, stream, &spans, total, first, &progress, &cancelled, scratch) };
+                let copied =
+                    unsafe { fill_by_host(lane, stream, &spans, total, first, &progress, &cancelled, scratch) };
                 match copied {
                     Ok(event) => event,
                     Err(error) => {
@@ -210,11 +210,15 @@ impl CudaSender {
 fn check(device: &Device, tensors: &[DeviceTensor<'_>], stream: Stream) -> Result<(), (RejectedKind, String)> {
     for DeviceTensor { spec, address, bytes } in tensors {
         if tensor_bytes(spec.dtype, spec.shape) != Some(*bytes) {
-            let reason = format!("tensor `{}` of shape {:?} and {} does not have {bytes} bytes", spec.name, spec.shape, spec.dtype);
+            let reason = format!(
+                "tensor `{}` of shape {:?} and {} does not have {bytes} bytes",
+                spec.name, spec.shape, spec.dtype
+            );
             return Err((RejectedKind::Mismatch, reason));
         }
         if *bytes > 0 && !device.owns(*address) {
-            let reason = format!("tensor `{}` at {address:#x} is not in memory of CUDA device {}", spec.name, device.ordinal());
+            let reason =
+                format!("tensor `{}` at {address:#x} is not in memory of CUDA device {}", spec.name, device.ordinal());
             return Err((RejectedKind::Device, reason));
         }
     }
@@ -245,7 +249,8 @@ fn staged<'a>(
 
 /// Allocates slots and offers them to the peer, or says why not.
 fn lend(queue: &SendQueue, device: &Arc<Device>, options: Options) -> Result<(Lane, Page), String> {
-    let shared = queue.shared_page().ok_or_else(|| "the ends are not on one host, or payloads are verified".to_owned())?;
+    let shared =
+        queue.shared_page().ok_or_else(|| "the ends are not on one host, or payloads are verified".to_owned())?;
     if !options.slots {
         return Err("switched off".to_owned());
     }
@@ -356,7 +361,9 @@ impl Source for StagedSource {
         if !self.is_full()? {
             return Ok(None);
         }
-        let Some(slot) = self.ring.slot_host(self.next) else { return Err("the slots are not in host memory".to_owned()) };
+        let Some(slot) = self.ring.slot_host(self.next) else {
+            return Err("the slots are not in host memory".to_owned());
+        };
         let bytes = self.left.min(CHUNK as u64) as usize;
         // SAFETY: the slot is at least this long, lives as long as the ring, and is ours until `taken` frees it: the
         // device writes it again only after that.

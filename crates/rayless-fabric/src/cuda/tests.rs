@@ -503,7 +503,11 @@ fn mistakes_are_found_before_anything_is_sent() {
 fn hundreds_of_links_leave_nothing_behind() {
     let Some((device, _one)) = gpu(0) else { return };
     for round in 0..100 {
-        let (make, options) = if round % 2 == 0 { (over_shm as Make, Options::default()) } else { (over_tcp as Make, Options::default()) };
+        let (make, options) = if round % 2 == 0 {
+            (over_shm as Make, Options::default())
+        } else {
+            (over_tcp as Make, Options::default())
+        };
         let mut hop = Hop::new(make(), options, [&device, &device], 4096);
         for _ in 0..4 {
             hop.isend(&[4096]).unwrap();
@@ -539,7 +543,8 @@ fn child() {
         let spec = TensorSpec { name: "x", dtype: DType::U8, shape: &shape, strides: None };
         let tensor = DeviceTensor { spec, address: from.memory.address, bytes: size };
         // SAFETY: stream and memory live as long as the process.
-        let sent = unsafe { sender.isend(&mut tx, &[tensor], Extra::default(), 0, from.stream(), from.keep()).unwrap() };
+        let sent =
+            unsafe { sender.isend(&mut tx, &[tensor], Extra::default(), 0, from.stream(), from.keep()).unwrap() };
         // SAFETY: the stream is the test's.
         unsafe { sent.hold(from.stream()).unwrap() };
         println!("sent {:?}", sender.report().path);
