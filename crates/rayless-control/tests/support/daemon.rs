@@ -413,6 +413,7 @@ impl World {
             | ToNode::Refused(_)
             | ToNode::Fenced { .. }
             | ToNode::Status { .. }
+            | ToNode::KeeperStopped { .. }
             | ToNode::Notice(_) => {}
         }
     }

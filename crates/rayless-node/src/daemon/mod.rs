@@ -263,6 +263,8 @@ async fn start(config: DaemonConfig, lock: RunDirLock, talk: &mut dyn FnMut(Talk
         started,
         wait,
         phase: Phase::Up,
+        sweeping: 0,
+        next_look: started,
         save_failed: false,
     };
     let outcome = core.serve(queue, talk).await;
