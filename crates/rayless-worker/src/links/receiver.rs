@@ -76,6 +76,7 @@ fn agree(asked: &Asked<'_>, mut channel: Channel, offer: &LinkOffer) -> Result<(
                 report.device = link.device().unwrap_or_default().to_owned();
                 report.rejected = rejected;
                 report.verified = policy.verify;
+                report.encrypted = transport == LinkTransport::Tcp && policy.encrypt;
                 let probe = link.probe();
                 return Ok((link, Live { report, probe }));
             }
@@ -113,7 +114,12 @@ fn place_of(
             let socket = shared.boot().map(|boot| boot.keeper_socket.clone()).map_err(|fault| fault.to_string())?;
             Ok(LinkPlace::Shm { keeper_socket: socket })
         }
+        LinkTransport::Rdma if policy.encrypt => {
+            Err("--encrypt-tensors was given, and RDMA carries tensors in clear".to_owned())
+        }
         LinkTransport::Rdma => Err("links over RDMA are not opened yet by this build".to_owned()),
+        // One stream within TLS: it is the cipher that limits it, not the flow.
+        LinkTransport::Tcp if policy.encrypt => Ok(LinkPlace::Tcp { streams: 1, encrypt: true }),
         LinkTransport::Tcp => Ok(LinkPlace::Tcp { streams: STREAMS, encrypt: false }),
     }
 }
@@ -131,7 +137,8 @@ fn attempt(
     };
     let mut acceptor = Acceptor::default();
     acceptor.expect(asked.link, Ticket(ticket), asked.config(policy.verify));
-    asked.shared.expect(asked.link, ticket);
+    let encrypt = matches!(place, LinkPlace::Tcp { encrypt: true, .. });
+    asked.shared.expect(asked.link, ticket, encrypt);
     let answer = LinkAnswer::Try(LinkTry { ticket, verify: policy.verify, place });
     channel.send(&codec::encode(&answer), &asked.patience)?;
     let opened = accept(asked, channel, &mut acceptor)?.and_then(|mut link| {
