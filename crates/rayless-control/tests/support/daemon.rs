@@ -417,6 +417,7 @@ impl World {
             | ToNode::Refused(_)
             | ToNode::Fenced { .. }
             | ToNode::Status { .. }
+            | ToNode::KeeperStopped { .. }
             | ToNode::Notice(_) => {}
         }
     }

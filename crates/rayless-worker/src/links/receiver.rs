@@ -77,8 +77,8 @@ fn agree(asked: &Asked<'_>, mut channel: Channel, offer: &LinkOffer) -> Result<(
                 report.rejected = rejected;
                 report.verified = policy.verify;
                 report.encrypted = transport == LinkTransport::Tcp && policy.encrypt;
-                let probe = link.probe();
-                return Ok((link, Live { report, probe }));
+                let live = Live::new(report, link.probe());
+                return Ok((link, live));
             }
             Err(reason) => rejected.push((transport, reason)),
         }
@@ -109,7 +109,11 @@ fn place_of(
         LinkTransport::Shm => {
             let host = shared.node(asked.link.to).map_or("", |node| node.host_id.as_str());
             if host != offer.host_id {
-                return Err(format!("{} and {} are two hosts", offer.node_name, shared.node_name(asked.link.to)));
+                return Err(format!(
+                    "node {} and node {} are two hosts",
+                    offer.node_name,
+                    shared.node_name(asked.link.to)
+                ));
             }
             let socket = shared.boot().map(|boot| boot.keeper_socket.clone()).map_err(|fault| fault.to_string())?;
             Ok(LinkPlace::Shm { keeper_socket: socket })
