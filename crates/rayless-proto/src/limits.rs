@@ -5,6 +5,9 @@ use std::time::Duration;
 /// The one port: UDP for membership, TCP for steps and tensors.
 pub const DEFAULT_PORT: u16 = 6379;
 
+/// Ports of RDMA connections, of which iWARP needs one per listening worker; `--rdma-ports`.
+pub const RDMA_PORTS: (u16, u16) = (6400, 6463);
+
 /// Bytes of the largest membership message. A 1,000-node status report stays under it.
 pub const MAX_CONTROL_MESSAGE: usize = 4 << 20;
 /// Bytes of the largest message on a node's own Unix sockets (a driver's environment travels there).

@@ -130,6 +130,7 @@ fn config(
         wishes: options.wishes,
         dead_after: options.dead_after,
         host_id: options.host_id,
+        links: options.links,
         exe,
     })
 }

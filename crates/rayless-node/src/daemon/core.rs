@@ -4,7 +4,7 @@
 //! what came of it into the queue. So everything here is plain code on plain maps, in one order of events.
 
 use super::{
-    DaemonError, Ready, Talk,
+    DaemonError, LinkWishes, Ready, Talk,
     asked::{Client, Pending},
     event::{ClientId, Event, Events},
     keepers::Keeper,
@@ -43,6 +43,8 @@ pub(crate) struct Core {
     pub(crate) exe: PathBuf,
     pub(crate) identity: ClusterIdentity,
     pub(crate) info: NodeInfo,
+    /// What this node wants of links; each keeper gets it.
+    pub(crate) links: LinkWishes,
     /// Whether GPUs come from NVML, so that their memory can be watched.
     pub(crate) gpus_measured: bool,
     pub(crate) dead_after: Duration,

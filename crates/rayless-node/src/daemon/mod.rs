@@ -35,7 +35,10 @@ use rayless_net::{
 use rayless_proto::{
     ids::{ClusterId, Incarnation},
     limits::{DEAD_AFTER, DEFAULT_PORT, WAIT_REPORT_PERIOD},
-    v1::control::{NodeInfo, Refusal, RefusalKind},
+    v1::{
+        control::{NodeInfo, Refusal, RefusalKind},
+        link::LinkPolicy,
+    },
 };
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -74,8 +77,19 @@ pub struct DaemonConfig {
     pub dead_after: Option<Duration>,
     /// `--host-id`
     pub host_id: Option<String>,
+    /// `--transport`, `--allow-tcp`, …
+    pub links: LinkWishes,
     /// Program to start keepers with.
     pub exe: PathBuf,
+}
+
+/// What the user of a node wants of the links of its workers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LinkWishes {
+    /// `--transport`, `--allow-tcp`, `--encrypt-tensors`, `--verify-links`
+    pub policy: LinkPolicy,
+    /// `--rdma-ports`: first and last.
+    pub rdma_ports: (u16, u16),
 }
 
 /// What a daemon is in its cluster.
@@ -228,6 +242,7 @@ async fn start(config: DaemonConfig, lock: RunDirLock, talk: &mut dyn FnMut(Talk
         head_address: head_text,
         head_ip: head_address.map_or_else(|| info.address.clone(), |address| address.ip().to_string()),
         info,
+        links: config.links,
         wire,
         events,
         member,

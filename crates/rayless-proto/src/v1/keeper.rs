@@ -8,9 +8,11 @@
 //! | `D` | a daemon | frames of [`ToKeeper`] and [`FromKeeper`]; a TCP session is handed over as one `S` byte on a connection of its own |
 //! | `S` | a daemon, handing over | the byte carries the session's descriptor (SCM_RIGHTS); then it closes |
 //! | `L` | a driver on this host | a step session, see [`super::step`] |
+//! | `T` | a worker of this host | a u32 (little endian): the rank that is to have this connection; then its own |
 
 use super::{
     control::{HeldGroup, NodeEnv, RankAllocation, WorkerState},
+    link::{LinkPolicy, LinkReport},
     local::LeafBundle,
 };
 use crate::ids::{GroupId, NodeId, Rank};
@@ -47,6 +49,10 @@ pub struct KeeperConfig {
     pub dead_after_ms: u64,
     /// How long the keeper waits for the driver's first session, in milliseconds.
     pub driver_wait_ms: u64,
+    /// What this node wants of links.
+    pub link_policy: LinkPolicy,
+    /// First and last port for RDMA connections (`--rdma-ports`).
+    pub rdma_ports: (u16, u16),
 }
 
 /// Daemon to keeper.
@@ -82,6 +88,8 @@ pub enum FromKeeper {
         /// What it is now.
         state: WorkerState,
     },
+    /// A link of one of its ranks changed. After `Held` one comes for each link that there was.
+    Link(LinkReport),
     /// All processes are reaped; the keeper ends after this.
     Ended {
         /// Empty for an orderly end.

@@ -7,6 +7,7 @@
 //! | [`local`] | a client (command, driver) and its node's daemon | Unix socket |
 //! | [`keeper`] | a daemon and a keeper | Unix socket |
 //! | [`step`] | a driver and a keeper | TLS over TCP, or Unix socket on one host |
+//! | [`link`] | two workers of a group | TLS over TCP |
 //! | [`status`] | what `rayless status --json` shows | inside `control` and `local` |
 //!
 //! What people see of them is made in `status_json` (`StatusReport::to_json`) and `need_have` (`NeedHave` as text).
@@ -15,6 +16,8 @@ pub mod control;
 pub mod heartbeat;
 #[allow(missing_docs, reason = "rkyv derives undocumented types for enums with named fields")]
 pub mod keeper;
+#[allow(missing_docs, reason = "rkyv derives undocumented types for enums with named fields")]
+pub mod link;
 #[allow(missing_docs, reason = "rkyv derives undocumented types for enums with named fields")]
 pub mod local;
 mod need_have;

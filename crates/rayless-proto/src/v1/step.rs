@@ -17,7 +17,10 @@
 //! A local session is the same conversation over a Unix socket; there the keeper's `Launched` carries the descriptors of the
 //! ring and of the collector's eventfd (SCM_RIGHTS), and calls and replies go through the ring instead of frames.
 
-use super::control::WorkerState;
+use super::{
+    control::WorkerState,
+    link::{LaunchLinks, LinkReport},
+};
 use crate::ids::{CallId, Rank};
 use rkyv::{Archive, Deserialize, Serialize};
 
@@ -121,6 +124,8 @@ pub struct Launch {
     pub rank_env: Vec<(Rank, Vec<(String, String)>)>,
     /// What every worker needs before its first call (for Python: pickled sys.path), passed on unread.
     pub boot: Vec<u8>,
+    /// What its workers need for links to each other: put in by the driver's session, from the placement and `env`.
+    pub links: Option<LaunchLinks>,
 }
 
 /// What a keeper tells its driver.
@@ -145,6 +150,8 @@ pub enum KeeperEvent {
         /// What it is now.
         state: WorkerState,
     },
+    /// A link of a rank of this host changed.
+    Link(LinkReport),
     /// The group is over here: a worker died, or a start failed. All others are being killed.
     Failed {
         /// The rank that began it, if one did.

@@ -449,7 +449,7 @@ impl Core {
                 self.changed = true;
             }
             KeeperEvent::Ready { .. } => return Err(SessionError::Protocol("ready of another host's rank".into())),
-            KeeperEvent::Changed { .. } => {}
+            KeeperEvent::Changed { .. } | KeeperEvent::Link(_) => {}
             KeeperEvent::Failed { rank, cause, tail } => {
                 // What the worker answered before it died counts.
                 self.collect();
