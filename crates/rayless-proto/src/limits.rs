@@ -49,6 +49,9 @@ pub const MAX_CLIENT_BACKLOG: usize = 64;
 /// Events that `status` keeps; older ones are in the log.
 pub const MAX_EVENTS: usize = 256;
 
+/// Ends of links that a node tells of one group; further ones work, but are not shown.
+pub const MAX_LINK_ENDS: usize = 1024;
+
 /// Between two heartbeats.
 pub const HEARTBEAT_PERIOD: Duration = Duration::from_millis(500);
 /// Silence after which a node or session counts as dead; `--dead-after`.

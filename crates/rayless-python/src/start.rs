@@ -59,15 +59,8 @@ pub(crate) fn start_group(
         wait: seconds(wait)?,
         versions,
     };
-    let launch = Launch {
-        program,
-        arguments,
-        directory,
-        env,
-        rank_env: (0..).zip(rank_env).collect(),
-        boot,
-        links: None,
-    };
+    let launch =
+        Launch { program, arguments, directory, env, rank_env: (0..).zip(rank_env).collect(), boot, links: None };
     let limit = seconds(start_timeout)?;
     let listeners = Arc::new(Mutex::new(Listeners::Waiting(Vec::new())));
     let told = Arc::clone(&listeners);

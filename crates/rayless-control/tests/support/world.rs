@@ -11,6 +11,8 @@ use rayless_proto::{
     resources::{CPU, GPU, Quantity, Resources},
     v1::{
         control::{GpuInfo, NodeInfo, Refusal},
+        link::LinkSettings,
+        rdma::RdmaInventory,
         status::StatusReport,
     },
 };
@@ -208,6 +210,8 @@ impl World {
             gpus: (0..h.gpus).map(gpu).collect(),
             versions: h.versions.clone(),
             node_env: Vec::new(),
+            links: LinkSettings::default(),
+            rdma: RdmaInventory::default(),
         }
     }
 

@@ -4,13 +4,16 @@
 //! what came of it into the queue. So everything here is plain code on plain maps, in one order of events.
 
 use super::{
-    DaemonError, LinkWishes, Ready, Talk,
+    DaemonError, Ready, Talk,
     asked::{Client, Pending},
     event::{ClientId, Event, Events},
     keepers::Keeper,
     wire::{News, Wire},
 };
-use crate::run_dir::{self, RunDir};
+use crate::{
+    inventory::rdma,
+    run_dir::{self, RunDir},
+};
 use rayless_control::{Head, Member, SessionId, head, member};
 use rayless_net::identity::ClusterIdentity;
 use rayless_proto::{
@@ -43,8 +46,8 @@ pub(crate) struct Core {
     pub(crate) exe: PathBuf,
     pub(crate) identity: ClusterIdentity,
     pub(crate) info: NodeInfo,
-    /// What this node wants of links; each keeper gets it.
-    pub(crate) links: LinkWishes,
+    /// Where the GPUs are on the PCI bus, as far as known.
+    pub(crate) gpu_places: rdma::Places,
     /// Whether GPUs come from NVML, so that their memory can be watched.
     pub(crate) gpus_measured: bool,
     pub(crate) dead_after: Duration,

@@ -12,7 +12,7 @@
 
 use super::{
     control::{HeldGroup, NodeEnv, RankAllocation, WorkerState},
-    link::{LinkPolicy, LinkReport},
+    link::{LinkReport, LinkSettings},
     local::LeafBundle,
 };
 use crate::ids::{GroupId, NodeId, Rank};
@@ -50,9 +50,7 @@ pub struct KeeperConfig {
     /// How long the keeper waits for the driver's first session, in milliseconds.
     pub driver_wait_ms: u64,
     /// What this node wants of links.
-    pub link_policy: LinkPolicy,
-    /// First and last port for RDMA connections (`--rdma-ports`).
-    pub rdma_ports: (u16, u16),
+    pub links: LinkSettings,
 }
 
 /// Daemon to keeper.

@@ -9,6 +9,7 @@
 //! | [`step`] | a driver and a keeper | TLS over TCP, or Unix socket on one host |
 //! | [`link`] | two workers of a group | TLS over TCP |
 //! | [`status`] | what `rayless status --json` shows | inside `control` and `local` |
+//! | [`rdma`] | a node's RDMA devices | inside `control`, `status` and `link` |
 //!
 //! What people see of them is made in `status_json` (`StatusReport::to_json`) and `need_have` (`NeedHave` as text).
 #[allow(missing_docs, reason = "rkyv derives undocumented types for enums with named fields")]
@@ -21,6 +22,7 @@ pub mod link;
 #[allow(missing_docs, reason = "rkyv derives undocumented types for enums with named fields")]
 pub mod local;
 mod need_have;
+pub mod rdma;
 pub mod status;
 mod status_json;
 #[allow(missing_docs, reason = "rkyv derives undocumented types for enums with named fields")]

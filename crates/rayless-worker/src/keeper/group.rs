@@ -462,6 +462,8 @@ impl Group {
             world_size: self.config.world_size,
             driver_node: self.config.driver_node,
             ranks: self.config.ranks.clone(),
+            // Each comes by itself after this.
+            links: Vec::new(),
             pids: (0..count).map(|index| of(index).map_or(0, |worker| worker.pid)).collect(),
             states: (0..count).map(|index| of(index).map_or(WorkerState::Starting, |w| self.state(index, w))).collect(),
         }
