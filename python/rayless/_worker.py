@@ -30,8 +30,18 @@ def main() -> None:
         stream.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
     worker = _rayless.Worker()
     _boot(worker.boot())
+    global _host
+    _host = Host(worker)
     worker.ready(list(_versions.installed().items()))
-    Host(worker).run()
+    _host.run()
+
+
+_host: Host | None = None
+
+
+def current() -> Host | None:
+    """The worker that this process is, if it is one."""
+    return _host
 
 
 def _boot(blob: bytes) -> None:
@@ -55,6 +65,13 @@ class Host:
         self._worker = worker
         self._instance: Any = None
         self._later: Later | None = None
+        #: Id of the call that runs, or ran last: the same on every rank, and greater with every call.
+        self.call = 0
+
+    @property
+    def native(self) -> _rayless.Worker:
+        """This rank, as the native module has it."""
+        return self._worker
 
     def run(self) -> None:
         """Until the group is over, or a method leaves by ``SystemExit``."""
@@ -66,6 +83,7 @@ class Host:
 
     def _handle(self, call: int, asked: bool, payload: bytes) -> None:
         name = "(a call that cannot be unpickled)"
+        self.call = call
         try:
             method, args, kwargs = pickle.loads(payload)
             name = _pickle.method_name(method) if method is not None else "__init__"

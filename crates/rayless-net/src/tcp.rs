@@ -22,6 +22,7 @@ use rustls::{AlertDescription, pki_types::ServerName};
 use std::{
     io,
     net::SocketAddr,
+    os::fd::AsFd,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -232,8 +233,9 @@ async fn greet(mut stream: TlsStream<TcpStream>, address: SocketAddr) -> Result<
 }
 
 /// A step must not wait for more to send, and a peer that is gone must be found out even if nobody sends.
-fn tune(stream: &TcpStream) -> io::Result<()> {
-    stream.set_nodelay(true)?;
+pub(crate) fn tune(stream: impl AsFd) -> io::Result<()> {
+    let stream = stream.as_fd();
+    sockopt::set_tcp_nodelay(stream, true)?;
     sockopt::set_socket_keepalive(stream, true)?;
     sockopt::set_tcp_keepidle(stream, KEEP_ALIVE_AFTER)?;
     sockopt::set_tcp_keepintvl(stream, KEEP_ALIVE_EVERY)?;
@@ -250,7 +252,7 @@ fn into_io(error: FrameError) -> io::Error {
     }
 }
 
-fn classify(address: SocketAddr, error: io::Error) -> TcpError {
+pub(crate) fn classify(address: SocketAddr, error: io::Error) -> TcpError {
     use AlertDescription::{
         AccessDenied, BadCertificate, CertificateRequired, CertificateUnknown, DecryptError, UnknownCA,
     };

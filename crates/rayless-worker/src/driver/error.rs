@@ -1,6 +1,6 @@
 //! What can go wrong with a group, as its driver sees it.
 
-use crate::client::ClientError;
+use crate::{client::ClientError, links::BadWish};
 use rayless_proto::ids::{CallId, NodeId, Rank};
 use std::time::Duration;
 
@@ -125,6 +125,9 @@ pub enum StartError {
         /// Its version.
         right_version: String,
     },
+    /// The driver's environment wants something of links that is none.
+    #[error(transparent)]
+    Wish(#[from] BadWish),
     /// A worker did not come up, or a node was lost meanwhile.
     #[error(transparent)]
     Failed(#[from] GroupFailure),

@@ -10,20 +10,24 @@ use super::{
 };
 use crate::{
     client::{ClientError, LocalClient},
+    links,
     session::plain_header,
 };
 use rayless_proto::{
     codec,
-    ids::{GroupId, Rank},
+    ids::{GroupId, NodeId, Rank},
     limits::REAP_TIMEOUT,
     v1::{
         control::{GroupSpec, PlacedNode},
+        link::{LaunchLinks, LinkNode, LinkTable},
         local::{ClientReply, ClientRequest},
         step::{Kind, Launch},
     },
 };
+use ring::rand::{SecureRandom, SystemRandom};
 use std::{
     collections::BTreeMap,
+    io,
     path::PathBuf,
     sync::Arc,
     time::{Duration, Instant},
@@ -164,18 +168,42 @@ impl Placed {
             by_node.entry(placement.node).or_default().push(placement.rank);
         }
         let nodes: Vec<_> = self.parts.nodes.iter().filter(|node| by_node.contains_key(&node.id)).collect();
+        let links = self.launch_links(launch)?;
         let sessions = connect::open_all(&self.parts, &nodes)?;
         let mut peers = Vec::with_capacity(nodes.len());
         for (node, mut session) in nodes.into_iter().zip(sessions) {
             let ranks = by_node.remove(&node.id).unwrap_or_default();
             let own = launch.rank_env.iter().filter(|(rank, _)| ranks.contains(rank)).cloned().collect();
-            let message = codec::encode(&Launch { rank_env: own, ..launch.clone() });
+            let message = codec::encode(&Launch { rank_env: own, links: Some(links.clone()), ..launch.clone() });
             session.queue(plain_header(Kind::Launch), &[&message]);
             let address = format!("{}:{}", node.address, node.port);
             let local = node.id == self.parts.local_node && self.parts.local_keeper.is_some();
             peers.push(Peer::new(node.id, node.name.clone(), address, local, ranks, session));
         }
         Ok(peers)
+    }
+}
+
+impl Placed {
+    /// What the workers need for links to each other.
+    fn launch_links(&self, launch: &Launch) -> Result<LaunchLinks, StartError> {
+        let policy = links::wishes_of(&launch.env)?;
+        let mut secret = [0; 32];
+        SystemRandom::new().fill(&mut secret).map_err(|_| io::Error::other("no random numbers from the system"))?;
+        let place = |node: NodeId| self.parts.nodes.iter().position(|at| at.id == node).unwrap_or_default() as u32;
+        let nodes = self.parts.nodes.iter().map(|node| LinkNode {
+            id: node.id,
+            name: node.name.clone(),
+            address: node.address.clone(),
+            port: node.port,
+            host_id: node.host_id.clone(),
+        });
+        let table = LinkTable {
+            secret,
+            nodes: nodes.collect(),
+            ranks: self.ranks.iter().map(|rank| place(rank.node)).collect(),
+        };
+        Ok(LaunchLinks { table, policy })
     }
 }
 

@@ -29,6 +29,8 @@ pub(super) struct Started {
     pub(super) stderr: ChildStderr,
     /// Boot bytes out, `ready` in.
     pub(super) control: UnixStream,
+    /// Connections for its links out, reports of them in.
+    pub(super) links: UnixStream,
 }
 
 /// Starts the worker at `index` of `config.ranks`. Must run on the process's main thread: the kernel kills a child with a death signal when
@@ -42,10 +44,11 @@ pub(super) fn start(
     replies: BorrowedFd<'_>,
 ) -> io::Result<Started> {
     let (control, theirs) = UnixStream::pair()?;
+    let (links, their_links) = UnixStream::pair()?;
     // Numbers of their own: clearing close-on-exec in the child must not touch what other children inherit.
     let ring = ring.try_clone_to_owned()?;
     let replies = replies.try_clone_to_owned()?;
-    let fds = [ring.as_raw_fd(), replies.as_raw_fd(), theirs.as_raw_fd()];
+    let fds = [ring.as_raw_fd(), replies.as_raw_fd(), theirs.as_raw_fd(), their_links.as_raw_fd()];
     let mut command = Command::new(&launch.program);
     command
         .args(&launch.arguments)
@@ -65,7 +68,7 @@ pub(super) fn start(
         }
         // A session of its own: no terminal's Ctrl-C, and a name for all that it starts.
         setsid()?;
-        for fd in [ring.as_fd(), replies.as_fd(), theirs.as_fd()] {
+        for fd in [ring.as_fd(), replies.as_fd(), theirs.as_fd(), their_links.as_fd()] {
             fcntl_setfd(fd, FdFlags::empty())?;
         }
         Ok(())
@@ -79,7 +82,7 @@ pub(super) fn start(
     let stderr = process.stderr.take().ok_or_else(missing)?;
     let pid = Pid::from_child(&process);
     let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
-    Ok(Started { process, pidfd, stdout, stderr, control })
+    Ok(Started { process, pidfd, stdout, stderr, control, links })
 }
 
 /// A pidfd in the runtime: readable once the process ended.

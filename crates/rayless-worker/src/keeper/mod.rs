@@ -9,6 +9,7 @@ mod child;
 mod door;
 mod group;
 mod handle;
+mod links;
 mod logs;
 mod reap;
 mod step;

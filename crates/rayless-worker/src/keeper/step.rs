@@ -6,7 +6,7 @@ use crate::{
     event,
     ring::{AskedSet, CallWriter, Record, ReplyReader, Ring, RingError, timespec},
     session::{Frame, JUST_AFTER, OUTPUT_SOFT_LIMIT, Session, SessionError, plain_header},
-    spin::Spin,
+    spin::{self, Spin},
 };
 use rayless_proto::{
     codec,
@@ -129,7 +129,7 @@ impl StepThread {
             readers: (0..setup.ranks.len()).map(|reader| ReplyReader::new(Arc::clone(&setup.ring), reader)).collect(),
             index: setup.ranks.iter().enumerate().map(|(index, rank)| (*rank, index)).collect(),
             writer: CallWriter::new(Arc::clone(&setup.ring)),
-            spin: Spin::among(setup.ranks.len() + 1),
+            spin: spin::among(setup.ranks.len() + 1),
             setup,
             orders: receiver,
             wake: Arc::clone(&wake),

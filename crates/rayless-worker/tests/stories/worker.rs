@@ -99,6 +99,15 @@ pub(crate) fn main() -> ExitCode {
                 let out = Command::new("setsid").args(["sh", "-c", "sleep 1000 >/dev/null 2>&1 & echo $!"]).output();
                 reply(String::from_utf8_lossy(&out.unwrap().stdout).trim().as_bytes());
             }
+            // `link FROM TO CHANNEL MESSAGES`
+            "link" => match crate::links::at_worker(&worker, &text) {
+                Ok(told) => {
+                    reply(told.as_bytes());
+                }
+                Err(error) => {
+                    let _ = worker.reply(call.id, true, error.as_bytes());
+                }
+            },
             "cwd" => {
                 reply(std::env::current_dir().unwrap().to_string_lossy().as_bytes());
             }

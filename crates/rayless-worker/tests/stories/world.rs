@@ -110,12 +110,10 @@ impl World {
                 links: LinkSettings::default(),
             };
             let handle = runtime.block_on(keeper::spawn(&std::env::current_exe().unwrap(), &config)).unwrap();
-            let port = if name == "a" {
+            if name == "a" {
                 local_keeper = Some(handle.socket().clone());
-                1
-            } else {
-                hand_sessions_over(&runtime, &handle)
-            };
+            }
+            let port = hand_sessions_over(&runtime, &handle);
             for (local_rank, rank) in ranks.iter().enumerate() {
                 placements.push(Placement {
                     rank: *rank,
