@@ -49,6 +49,8 @@ class Group:
     run_dir: str
     def ranks(self) -> list[dict[str, Any]]:
         """The fields of ``RankInfo``, in ascending rank."""
+    def links(self) -> list[dict[str, Any]]:
+        """The entries that the group has in ``links`` of ``rayless status --json``."""
     def run(self, method: str, payload: bytes, ranks: tuple[int, ...] | None, timeout: float | None, /) -> list[bytes]:
         """Calls and waits. ``method`` is for messages only."""
     def submit(self, method: str, payload: bytes, ranks: tuple[int, ...] | None, timeout: float | None, /) -> Call:

@@ -86,7 +86,7 @@ pub enum FromKeeper {
         /// What it is now.
         state: WorkerState,
     },
-    /// A link of one of its ranks changed. After `Held` one comes for each link that there was.
+    /// A link of one of its ranks changed.
     Link(LinkReport),
     /// All processes are reaped; the keeper ends after this.
     Ended {

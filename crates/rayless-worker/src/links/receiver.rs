@@ -98,7 +98,7 @@ fn place_of(
     let allowed = Policy {
         only: policy.only.map(report::level),
         allow_tcp: policy.allow_tcp == Some(true),
-        any_rdma_device: !offer.rdma_devices.is_empty(),
+        any_rdma_device: !offer.rdma.is_empty(),
     };
     if let Some(refusal) = allowed.refusal(report::level(transport)) {
         return Err(refusal);

@@ -100,7 +100,7 @@ impl Caller<'_> {
             node_name: asked.shared.node_name(link.from),
             host_id: asked.shared.node(link.from).map(|node| node.host_id.clone()).unwrap_or_default(),
             policy: boot.policy.clone(),
-            rdma_devices: Vec::new(),
+            rdma: Vec::new(),
             no_rdma: String::new(),
             max_message: asked.config(false).max_message,
         })
