@@ -38,6 +38,7 @@ def start_group(
     boot: bytes,
     start_timeout: float,
     log_to_driver: bool,
+    stuck_after: float,
     report: _Reporter,
 ) -> Group:
     """Places a group, starts its workers and returns when all take calls. Ctrl-C gives the start up."""
@@ -51,9 +52,27 @@ class Group:
         """The fields of ``RankInfo``, in ascending rank."""
     def links(self) -> list[dict[str, Any]]:
         """The entries that the group has in ``links`` of ``rayless status --json``."""
-    def run(self, method: str, payload: bytes, ranks: tuple[int, ...] | None, timeout: float | None, /) -> list[bytes]:
-        """Calls and waits. ``method`` is for messages only."""
-    def submit(self, method: str, payload: bytes, ranks: tuple[int, ...] | None, timeout: float | None, /) -> Call:
+    step_deadline: float
+    """Seconds that a step may take by the word of this node's daemon; 0 for no limit."""
+    def run(
+        self,
+        method: str,
+        payload: bytes,
+        ranks: tuple[int, ...] | None,
+        timeout: float | None,
+        deadline: float | None = None,
+        /,
+    ) -> list[bytes]:
+        """Calls and waits. ``method`` is for messages only. With ``deadline`` it is a step, and the group ends where it takes longer."""
+    def submit(
+        self,
+        method: str,
+        payload: bytes,
+        ranks: tuple[int, ...] | None,
+        timeout: float | None,
+        deadline: float | None = None,
+        /,
+    ) -> Call:
         """Calls."""
     def failure(self) -> Exception | None:
         """Why the group is over, if it failed."""
@@ -88,6 +107,8 @@ class Worker:
     def ready(self, versions: Sequence[tuple[str, str]], /) -> None: ...
     def next_call(self) -> tuple[int, bool, bytes] | None:
         """Call id, whether this rank is asked, payload; ``None`` when the group is over."""
+    def doing(self, text: str, /) -> None:
+        """Notes what this rank is in; counts as progress."""
     def reply(self, call: int, raised: bool, payload: bytes, /) -> None: ...
     def send_link(self, to: int, channel: int = 0, *, timeout: float) -> SendLink:
         """The sending end of a link to rank ``to``; it is there when that rank asks for the other end."""

@@ -29,6 +29,7 @@ def main() -> None:
         # A pipe is block-buffered by default: its lines would come late, and the last ones never.
         stream.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
     worker = _rayless.Worker()
+    _offer_stacks()
     _boot(worker.boot())
     global _host
     _host = Host(worker)
@@ -42,6 +43,22 @@ _host: Host | None = None
 def current() -> Host | None:
     """The worker that this process is, if it is one."""
     return _host
+
+
+def _offer_stacks() -> None:
+    """Lets the keeper have the stacks of all threads, whatever they are in: the handler is C and needs no lock of Python's."""
+    descriptor, number = map(int, os.environ.pop("RAYLESS_STACKS").split(","))
+    os.set_inheritable(descriptor, False)
+    faulthandler.register(number, file=descriptor, all_threads=True, chain=False)
+
+
+def doing(text: str) -> None:
+    """Notes what this rank is in, for the line that the driver prints when nothing moves; counts as progress.
+
+    The name of the running method is noted by itself. Nothing happens in a process that is no worker.
+    """
+    if _host is not None:
+        _host.native.doing(text)
 
 
 def _boot(blob: bytes) -> None:
@@ -87,6 +104,7 @@ class Host:
         try:
             method, args, kwargs = pickle.loads(payload)
             name = _pickle.method_name(method) if method is not None else "__init__"
+            self._worker.doing(name)
             result = self._invoke(method, args, kwargs)
             if type(result) is Deferred:
                 if asked:

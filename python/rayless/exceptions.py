@@ -113,6 +113,19 @@ class WorkerDiedError(ActorDiedError):
     """A rank's process ended."""
 
 
+class StepDeadlineError(ActorDiedError):
+    """A step took longer than its deadline, and the group was ended. ``ranks``: those that made no progress."""
+
+    def __init__(
+        self, message: str, ranks: Sequence[int] = (), rank: int | None = None, node: str | None = None
+    ) -> None:
+        super().__init__(message, rank if rank is not None or not ranks else ranks[0], node)
+        self.ranks = list(ranks)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.args[0], self.ranks, self.rank, self.node)
+
+
 class NodeDiedError(ActorDiedError):
     """A node with ranks of the group is gone, or cut off."""
 

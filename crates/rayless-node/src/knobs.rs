@@ -65,6 +65,10 @@ knobs! {
     WAIT { flag: "wait", env: "RAYLESS_WAIT", value: "SECONDS", default: "600", unit: "s" }
     /// Silence after which a node counts as dead
     DEAD_AFTER { flag: "dead-after", env: "RAYLESS_DEAD_AFTER", value: "SECONDS", default: "3", unit: "s" }
+    /// How long a step of an engine may take before its group is ended; 0 for no limit. Of a driver: the value of its own environment wins over its node's
+    STEP_DEADLINE { flag: "step-deadline", env: "RAYLESS_STEP_DEADLINE", value: "SECONDS", default: "300", unit: "s" }
+    /// A call without progress for so long has its ranks looked into (a driver's knob); 0 for never [default: 10]
+    STUCK_AFTER { flag: "", env: "RAYLESS_STUCK_AFTER", value: "SECONDS", default: "10", unit: "s" }
     /// Names the host: daemons with the same value share memory [default: boot id and network namespace]
     HOST_ID { flag: "host-id", env: "RAYLESS_HOST_ID", value: "TEXT", default: "", unit: "" }
     /// What moves tensors between this node's workers and others: auto is shared memory on one host, else RDMA

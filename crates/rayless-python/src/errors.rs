@@ -68,6 +68,13 @@ pub(crate) fn group(py: Python<'_>, failure: &GroupFailure) -> PyErr {
         GroupFailure::NodeDied { name, cause, .. } => {
             exception(py, "NodeDiedError", (cause.as_str(), py.None(), name.as_str()))
         }
+        GroupFailure::Stuck { ranks, cause, stacks } => {
+            let mut text = cause.clone();
+            if !stacks.is_empty() {
+                text.push_str(&format!("\nhint: where they were (all of it is in the ranks' logs):\n{stacks}"));
+            }
+            exception(py, "StepDeadlineError", (text, ranks.clone()))
+        }
         GroupFailure::Ended { cause } => exception(py, "ActorDiedError", (cause.as_str(),)),
     }
 }

@@ -58,6 +58,11 @@ impl Worker {
         }
     }
 
+    #[pyo3(signature = (text, /))]
+    fn doing(&self, text: &str) {
+        self.inner.doing(text);
+    }
+
     #[pyo3(signature = (call, raised, payload, /))]
     fn reply(&self, py: Python<'_>, call: u64, raised: bool, payload: &[u8]) -> PyResult<()> {
         py.detach(|| self.inner.reply(call, raised, payload)).map_err(|error| errors::host(py, error))

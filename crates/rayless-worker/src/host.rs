@@ -12,7 +12,7 @@ use rayless_proto::{
     codec,
     ids::{CallId, Rank},
     limits::{MAX_CALL, MAX_LOCAL_MESSAGE},
-    v1::control::WorkerState,
+    v1::{control::WorkerState, step::LinkMoved},
 };
 use std::{
     collections::HashSet,
@@ -233,6 +233,17 @@ impl Worker {
         } else {
             Err(HostError::KeeperGone)
         }
+    }
+
+    /// Notes what this worker is in, for the line that is printed when nothing moves: the name of a method, or how far it is
+    /// (`loading 3/61 shards`). Each call of this counts as progress. Cut to 64 bytes; costs about as much as a look at the clock.
+    pub fn doing(&self, text: &str) {
+        self.ring.set_doing(self.local_rank as usize, text);
+    }
+
+    /// Notes that one of this worker's links has begun a message; counts as progress.
+    pub fn link_moved(&self, peer: Rank, channel: u16, receiving: bool, sequence: u64) {
+        self.ring.set_link_moved(self.local_rank as usize, LinkMoved { peer, channel, receiving, sequence });
     }
 
     fn note(&self, state: WorkerState, call: CallId) {

@@ -51,6 +51,7 @@ pub(crate) struct NodeOptions {
     pub(crate) token_file: Option<PathBuf>,
     pub(crate) wishes: Wishes,
     pub(crate) dead_after: Option<Duration>,
+    pub(crate) step_deadline: Duration,
     pub(crate) host_id: Option<String>,
     pub(crate) links: LinkSettings,
     pub(crate) background: bool,
@@ -152,6 +153,10 @@ fn node_options(found: &ArgMatches) -> NodeOptions {
         },
         // `head` has a default here; `join` takes the cluster's unless told otherwise.
         dead_after: found.get_one::<Duration>(knobs::DEAD_AFTER.flag).copied(),
+        step_deadline: found
+            .get_one::<Duration>(knobs::STEP_DEADLINE.flag)
+            .copied()
+            .unwrap_or(rayless_proto::limits::STEP_DEADLINE),
         host_id: text(found, knobs::HOST_ID.flag),
         links: link_wishes(found),
         background: found.get_flag("daemon"),
@@ -266,6 +271,7 @@ fn node_command(name: &'static str, about: &'static str) -> Command {
         .arg(arg(&knobs::GPUS, ValueParser::new(gpus)))
         .arg(arg(&knobs::CPUS, ValueParser::new(quantity)))
         .arg(arg(&knobs::RESOURCE, ValueParser::new(resource)).action(ArgAction::Append).value_delimiter(','))
+        .arg(arg(&knobs::STEP_DEADLINE, ValueParser::new(seconds)))
         .arg(arg(&knobs::HOST_ID, ValueParser::new(named)))
         .arg(arg(&knobs::SHM_MIN, value_parser!(u64)))
         .arg(arg(&knobs::TRANSPORT, ValueParser::new(transport)))

@@ -53,6 +53,8 @@ pub(crate) struct Core {
     pub(crate) dead_after: Duration,
     /// `--dead-after` of this node: how long *it* bears silence, whatever the cluster's value.
     pub(crate) own_dead_after: Option<Duration>,
+    /// `--step-deadline`.
+    pub(crate) step_deadline: Duration,
     /// The head as the user named it; empty on the head.
     pub(crate) head_address: String,
     /// IP address of the head as this node dials it.

@@ -152,6 +152,9 @@ impl Core {
                 report.clone().put_into(&mut keeper.held.links, MAX_LINK_ENDS);
                 self.tell_head(ToHead::LinkChanged { group, report });
             }
+            FromKeeper::Stuck { line } => self.tell_head(ToHead::RanksStuck { group, line }),
+            // This daemon does not ask.
+            FromKeeper::Looked { .. } => {}
             FromKeeper::Ended { cause } => keeper.ended = Some(cause),
         }
     }

@@ -76,6 +76,8 @@ pub struct DaemonConfig {
     /// `--dead-after`. The head's is the cluster's: it judges nodes by it. A node's own says how long it bears silence of the head, and its
     /// keepers that of their drivers.
     pub dead_after: Option<Duration>,
+    /// `--step-deadline`, for the drivers of this node; zero for none.
+    pub step_deadline: Duration,
     /// `--host-id`
     pub host_id: Option<String>,
     /// `--transport`, `--allow-tcp`, …
@@ -237,6 +239,7 @@ async fn start(config: DaemonConfig, lock: RunDirLock, talk: &mut dyn FnMut(Talk
         gpus_measured: gpu::has_driver() && !inventory.gpus.is_empty(),
         dead_after,
         own_dead_after: config.dead_after,
+        step_deadline: config.step_deadline,
         head_address: head_text,
         head_ip: head_address.map_or_else(|| info.address.clone(), |address| address.ip().to_string()),
         info,

@@ -14,6 +14,7 @@ use super::{
     control::{HeldGroup, NodeEnv, RankAllocation, WorkerState},
     link::{LinkReport, LinkSettings},
     local::LeafBundle,
+    step::{Look, RankLook},
 };
 use crate::ids::{GroupId, NodeId, Rank};
 use rkyv::{Archive, Deserialize, Serialize};
@@ -70,6 +71,8 @@ pub enum ToKeeper {
         /// What the head holds it for.
         state: super::status::NodeState,
     },
+    /// What do the ranks do? Answered with `Looked`.
+    Look(Look),
 }
 
 /// Keeper to daemon.
@@ -85,6 +88,16 @@ pub enum FromKeeper {
         pid: u32,
         /// What it is now.
         state: WorkerState,
+    },
+    /// Answer to `Look`.
+    Looked {
+        /// All ranks of this keeper.
+        ranks: Vec<RankLook>,
+    },
+    /// Ranks that make no progress while their driver waits for them.
+    Stuck {
+        /// One line that names them and what they are in.
+        line: String,
     },
     /// A link of one of its ranks changed.
     Link(LinkReport),

@@ -11,7 +11,8 @@
 //! | [`status`] | what `rayless status --json` shows | inside `control` and `local` |
 //! | [`rdma`] | a node's RDMA devices | inside `control`, `status` and `link` |
 //!
-//! What people see of them is made in `status_json` (`StatusReport::to_json`) and `need_have` (`NeedHave` as text).
+//! What people see of them is made in `status_json` (`StatusReport::to_json`) `need_have` (`NeedHave` as text)
+//! and `rank_look` (a line per rank when nothing moves).
 #[allow(missing_docs, reason = "rkyv derives undocumented types for enums with named fields")]
 pub mod control;
 pub mod heartbeat;
@@ -22,6 +23,7 @@ pub mod link;
 #[allow(missing_docs, reason = "rkyv derives undocumented types for enums with named fields")]
 pub mod local;
 mod need_have;
+mod rank_look;
 pub mod rdma;
 pub mod status;
 mod status_json;

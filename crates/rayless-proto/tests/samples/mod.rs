@@ -19,7 +19,7 @@ use rayless_proto::{
             Event, GpuState, GpuStatus, GroupState, GroupStatus, LinkStatus, NodeState, NodeStatus,
             PlacementGroupStatus, StatusReport, WorkerStatus,
         },
-        step::{KeeperEvent, Launch},
+        step::{KeeperEvent, Launch, LinkMoved, Look, RankLook},
     },
 };
 
@@ -54,6 +54,7 @@ pub fn to_head() -> Vec<ToHead> {
         ToHead::WorkerChanged { group: GROUP, rank: 1, pid: 77, state: WorkerState::Busy },
         ToHead::LinkChanged { group: GROUP, report: link_report() },
         ToHead::GroupEnded { group: GROUP, cause: "rank 1 was killed".into() },
+        ToHead::RanksStuck { group: GROUP, line: "rank 1: 12 s in execute_model (call 17)".into() },
         ToHead::GpuDraining { gpus: vec![(0, true), (1, false)] },
         ToHead::Update { info: info() },
     ]
@@ -121,6 +122,7 @@ pub fn daemon_messages() -> Vec<DaemonMessage> {
             joined: true,
             waiting_for: String::new(),
             dead_after_ms: 3000,
+            step_deadline_ms: 300_000,
             host_id: "boot/4026531840".into(),
         }),
         ClientReply::Status(report()),
@@ -150,6 +152,7 @@ pub fn to_keeper() -> Vec<ToKeeper> {
         ToKeeper::Watch,
         ToKeeper::Stop { cause: "stopped by `rayless stop`".into() },
         ToKeeper::NodeVerdict { node: NODE, state: NodeState::Alive },
+        ToKeeper::Look(look()),
     ]
 }
 
@@ -158,6 +161,8 @@ pub fn from_keeper() -> Vec<FromKeeper> {
     vec![
         FromKeeper::Held(held()),
         FromKeeper::WorkerChanged { rank: 0, pid: 4, state: WorkerState::Dead },
+        FromKeeper::Looked { ranks: vec![rank_look()] },
+        FromKeeper::Stuck { line: "rank 1: 12 s in execute_model (call 17)".into() },
         FromKeeper::Link(link_report()),
         FromKeeper::Ended { cause: String::new() },
     ]
@@ -332,9 +337,28 @@ pub fn keeper_events() -> Vec<KeeperEvent> {
         KeeperEvent::Ready { rank: 1, versions: vec![("python".into(), "3.11.7".into())] },
         KeeperEvent::Changed { rank: 1, state: WorkerState::Ready },
         KeeperEvent::Failed { rank: Some(1), cause: "killed by signal 9".into(), tail: "last words".into() },
+        KeeperEvent::Looked { ranks: vec![rank_look()] },
         KeeperEvent::Link(link_report()),
         KeeperEvent::Ended,
     ]
+}
+
+/// What a driver asks when nothing moves.
+pub fn look() -> Look {
+    Look { still_ms: 10_000, stacks: true }
+}
+
+fn rank_look() -> RankLook {
+    RankLook {
+        rank: 1,
+        pid: 77,
+        state: WorkerState::Busy,
+        call: 17,
+        doing: "execute_model".into(),
+        still_ms: 12_000,
+        link: Some(LinkMoved { peer: 0, channel: 2, receiving: true, sequence: 33 }),
+        stack: "Thread 0x1 (most recent call first):".into(),
+    }
 }
 
 /// The state of a cluster.

@@ -29,6 +29,16 @@ pub enum GroupFailure {
         /// One line.
         cause: String,
     },
+    /// A step took longer than its deadline, though every process was alive.
+    #[error("{cause}")]
+    Stuck {
+        /// The ranks that made no progress; where all did, those that had not replied.
+        ranks: Vec<Rank>,
+        /// One line that names them and what they were in.
+        cause: String,
+        /// Where they were, a line per frame with its rank in front; may be empty.
+        stacks: String,
+    },
     /// The group was stopped by someone else (`rayless stop --group`), or its keeper gave it up.
     #[error("{cause}")]
     Ended {

@@ -6,6 +6,7 @@ use super::{
     connect,
     core::{Core, End, Peer},
     shared::Shared,
+    stuck::Watch,
     versions,
 };
 use crate::{
@@ -16,7 +17,7 @@ use crate::{
 use rayless_proto::{
     codec,
     ids::{GroupId, NodeId, Rank},
-    limits::REAP_TIMEOUT,
+    limits::{REAP_TIMEOUT, STEP_DEADLINE, STUCK_AFTER},
     v1::{
         control::{GroupSpec, PlacedNode},
         link::{LaunchLinks, LinkNode, LinkTable},
@@ -42,6 +43,8 @@ pub struct Placed {
     parts: PlacedParts,
     ranks: Arc<[RankInfo]>,
     client: Option<LocalClient>,
+    stuck_after: Duration,
+    step_deadline: Duration,
 }
 
 /// Asks the local daemon; see [`WorkerGroup::place`].
@@ -81,7 +84,9 @@ pub(super) fn place(
                 dead_after: Duration::from_millis(me.dead_after_ms),
                 versions: options.versions,
             };
-            Placed::new(parts, Some(client))
+            let mut placed = Placed::new(parts, Some(client))?;
+            placed.step_deadline = Duration::from_millis(me.step_deadline_ms);
+            Ok(placed)
         }
         Some(_) => Err(ClientError::Lost { cause: "it gave an answer to another question".into() }.into()),
     }
@@ -115,7 +120,19 @@ impl Placed {
                 node_env: node.node_env.clone(),
             });
         }
-        Ok(Self { ranks: ranks.into(), parts, client })
+        Ok(Self { ranks: ranks.into(), parts, client, stuck_after: STUCK_AFTER, step_deadline: STEP_DEADLINE })
+    }
+
+    /// A call without progress for so long is looked into ([`Callbacks::on_stuck`]); zero: never. 10 s where this is not called.
+    #[must_use]
+    pub const fn with_stuck_after(mut self, stuck_after: Duration) -> Self {
+        self.stuck_after = stuck_after;
+        self
+    }
+
+    /// The deadline of a step that this node's daemon was told (`--step-deadline`); zero for none.
+    pub const fn step_deadline(&self) -> Duration {
+        self.step_deadline
     }
 
     /// Its id.
@@ -144,7 +161,8 @@ impl Placed {
         let until = Instant::now() + timeout;
         let peers = self.open_peers(&launch)?;
         let callbacks = CallbackThread::start(callbacks)?;
-        let core = Core::new(Arc::clone(&self.ranks), peers, callbacks, self.parts.dead_after, self.client)?;
+        let mut core = Core::new(Arc::clone(&self.ranks), peers, callbacks, self.parts.dead_after, self.client)?;
+        core.watch = Watch::new(self.stuck_after);
         let (shared, pump) = Shared::start(core)?;
         // From here on dropping the group ends whatever was started.
         let group = WorkerGroup::new(self.parts.group, Arc::clone(&self.ranks), Arc::clone(&shared), pump);

@@ -5,7 +5,8 @@ use super::{
     door::{self, Caller},
     links::{self, Arrival},
     logs::{Pipe, RankLog},
-    reap,
+    look, reap,
+    stacks::Stacks,
     step::{self, News, Order, StepSetup, StepThread},
 };
 use crate::{event, ring::Ring, session::plain_header};
@@ -18,7 +19,7 @@ use rayless_proto::{
         control::{HeldGroup, WorkerState},
         keeper::{FromKeeper, KeeperConfig, ToKeeper},
         link::{LaunchLinks, LinkBoot, LinkReport, LinkState},
-        step::{KeeperEvent, Kind, Launch},
+        step::{KeeperEvent, Kind, Launch, Look, RankLook},
     },
 };
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
@@ -60,15 +61,25 @@ enum Event {
     Link(usize, LinkReport),
     /// A driver of this host ended.
     DriverEnded(u32),
+    /// A look is over.
+    Looked(Asker, Look, Vec<RankLook>),
 }
 
-struct Worker {
-    rank: Rank,
-    pid: u32,
+/// Who wants to know what the ranks do.
+enum Asker {
+    Driver,
+    /// Its number.
+    Daemon(u64),
+}
+
+pub(super) struct Worker {
+    pub(super) rank: Rank,
+    pub(super) pid: u32,
     process: Child,
-    pidfd: Rc<AsyncFd<OwnedFd>>,
+    pub(super) pidfd: Rc<AsyncFd<OwnedFd>>,
     log: Rc<RefCell<RankLog>>,
     pipes: [Rc<Pipe>; 2],
+    pub(super) stacks: Rc<Stacks>,
     arrivals: mpsc::UnboundedSender<Arrival>,
     ready: bool,
     /// As last told to the daemons.
@@ -242,6 +253,7 @@ impl Group {
                 }
                 self.end(cause, None);
             }
+            Caller::Said { id, message: ToKeeper::Look(look) } => self.begin_look(Asker::Daemon(id), look),
             Caller::Said { message: ToKeeper::NodeVerdict { node, state }, .. } => {
                 if node == self.config.driver_node {
                     self.step.order(Order::Verdict(Some(state)));
@@ -284,6 +296,7 @@ impl Group {
             News::Launch(launch) if !self.launched && self.ending.is_none() => self.launch(&launch),
             News::Launch(_) => {}
             News::Stop(cause) => self.end(cause, None),
+            News::Look(look) => self.begin_look(Asker::Driver, look),
             News::Lost(cause) => self.end(format!("lost its driver: {cause}"), None),
             News::Broken(error) => {
                 let index = error.reader as usize;
@@ -305,6 +318,7 @@ impl Group {
                 self.step.order(Order::Event(KeeperEvent::Ready { rank, versions }, Vec::new()));
                 self.tell_change(index, WorkerState::Ready);
             }
+            Event::Looked(asker, look, ranks) => self.end_look(&asker, &look, ranks),
             Event::Link(index, report) => self.on_link(index, report),
             Event::DriverEnded(pid) => self.end(format!("its driver (pid {pid}) ended"), None),
         }
@@ -360,6 +374,36 @@ impl Group {
                 self.end(cause, Some(index));
             }
         }
+    }
+
+    fn begin_look(&self, asker: Asker, look: Look) {
+        let states = self.workers.iter().enumerate().map(|(index, worker)| self.state(index, worker));
+        let ranks = look::at(&self.ring, &self.workers, states);
+        let stacks = look::begin(&self.workers, ranks, look.clone());
+        let events = self.events.clone();
+        spawn_local(async move {
+            let _ = events.send(Event::Looked(asker, look, stacks.await));
+        });
+    }
+
+    fn end_look(&self, asker: &Asker, look: &Look, ranks: Vec<RankLook>) {
+        if let Asker::Daemon(id) = asker {
+            if let Some(daemon) = self.daemons.get(id) {
+                let _ = daemon.send(FromKeeper::Looked { ranks });
+            }
+            return;
+        }
+        if let Some(line) = look::line(&ranks, look) {
+            tracing::warn!(group = %self.config.group, "stuck: {line}");
+            for daemon in self.daemons.values() {
+                let _ = daemon.send(FromKeeper::Stuck { line: line.clone() });
+            }
+        }
+        for (worker, rank) in self.workers.iter().zip(&ranks).filter(|(_, rank)| !rank.stack.is_empty()) {
+            let what = rank.sentence();
+            worker.log.borrow_mut().keep(&format!("rayless: no progress: {what}\n{}", rank.stack));
+        }
+        self.step.order(Order::Event(KeeperEvent::Looked { ranks }, Vec::new()));
     }
 
     /// `rank 3 on node b (pid 123)`.
@@ -444,6 +488,7 @@ impl Group {
             let _ = watched.readable().await;
             let _ = events.send(Event::Exited(index));
         });
+        let stacks = Rc::new(Stacks::new(started.process.id(), started.stacks)?);
         started.control.set_nonblocking(true)?;
         let control = tokio::net::UnixStream::from_std(started.control)?;
         let (events, boot, link_boot) = (self.events.clone(), launch.boot.clone(), Rc::clone(link_boot));
@@ -466,6 +511,7 @@ impl Group {
             pidfd,
             log,
             pipes,
+            stacks,
             arrivals,
             ready: false,
             told: WorkerState::Dead,

@@ -11,7 +11,9 @@ mod group;
 mod handle;
 mod links;
 mod logs;
+mod look;
 mod reap;
+mod stacks;
 mod step;
 
 pub use handle::{HandOver, KeeperHandle, KeeperRemote, adopt, spawn};

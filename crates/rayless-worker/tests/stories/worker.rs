@@ -54,6 +54,7 @@ pub(crate) fn main() -> ExitCode {
             }
             _ => (word, text, number),
         };
+        worker.doing(&word);
         match word.as_str() {
             "done" => {
                 let list: Vec<String> = done.iter().map(u64::to_string).collect();
@@ -61,6 +62,14 @@ pub(crate) fn main() -> ExitCode {
             }
             "sleep" => {
                 std::thread::sleep(Duration::from_millis(number));
+                reply(me.as_bytes());
+            }
+            // For `number` times 100 ms, with a word each time.
+            "note" => {
+                for part in 0..number {
+                    worker.doing(&format!("part {part}"));
+                    std::thread::sleep(Duration::from_millis(100));
+                }
                 reply(me.as_bytes());
             }
             "length" => {
