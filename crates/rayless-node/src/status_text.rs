@@ -8,7 +8,7 @@ use rayless_proto::{
     v1::{
         link::LinkTransport,
         rdma::{RdmaDevice, RdmaFinding, RdmaPort},
-        status::{GpuState, GroupStatus, LinkStatus, NodeState, NodeStatus, StatusReport},
+        status::{GpuState, GroupStatus, LinkStatus, NodeState, NodeStatus, StatusReport, TokenStatus},
     },
 };
 use std::{
@@ -34,6 +34,7 @@ pub fn status(report: &StatusReport, now: SystemTime) -> String {
         vec![["node", "state", "address", "seen", "rtt", "cpu", "gpu", "memory", "other"].map(str::to_owned)];
     rows.extend(report.nodes.iter().map(node_row));
     table(&mut out, &rows);
+    rotation(&mut out, report);
     gpus(&mut out, report);
     groups(&mut out, report);
     if !report.placement_groups.is_empty() {
@@ -105,6 +106,27 @@ fn node_row(node: &NodeStatus) -> [String; 9] {
         if is_gone { "-".to_owned() } else { format!("{}/{} GiB", gib(memory_used.as_f64()), gib(memory.as_f64())) },
         other.join(", "),
     ]
+}
+
+/// Nothing where no rotation of the token is under way.
+fn rotation(out: &mut String, report: &StatusReport) {
+    let TokenStatus { rotating, left_ms, behind, .. } = &report.token;
+    if !rotating && behind.is_empty() {
+        return;
+    }
+    out.push('\n');
+    if *rotating {
+        let end = match left_ms {
+            Some(left) => format!("for {} more", age(Duration::from_millis(*left))),
+            None => "until `rayless token rotate --finish`".to_owned(),
+        };
+        let _ = writeln!(out, "the cluster's token is being rotated: the one before it is accepted {end}");
+    }
+    let names = node_names(report);
+    for (node, problem) in behind {
+        let why = if problem.is_empty() { String::new() } else { format!(": {problem}") };
+        let _ = writeln!(out, "{} has not taken the new token{why}", name_of(&names, node));
+    }
 }
 
 fn gpus(out: &mut String, report: &StatusReport) {
@@ -351,6 +373,7 @@ mod tests {
             protocol: 1,
             uptime_ms: 65_000,
             refused_handshakes: 1,
+            token: TokenStatus::default(),
             nodes: vec![node(head, "a", true), second],
             groups: vec![GroupStatus {
                 id: group,
@@ -478,6 +501,19 @@ mod tests {
     #[test]
     fn sizes_are_told_in_the_unit_that_fits() {
         assert_eq!([0, 1023, 28 << 10, 3 << 30].map(bytes), ["0 B", "1023 B", "28.0 KiB", "3.0 GiB"]);
+    }
+
+    #[test]
+    fn shows_a_rotation_and_who_is_behind() {
+        let mut report = report();
+        report.token.rotating = true;
+        report.token.behind = vec![(NodeId([2; 32]), "no space".into())];
+        let page = status(&report, UNIX_EPOCH);
+        let told = "\nthe cluster's token is being rotated: the one before it is accepted until `rayless token rotate --finish`\n\
+                    b has not taken the new token: no space\n\n";
+        assert!(page.contains(told), "{page}");
+        report.token.left_ms = Some(90_000);
+        assert!(status(&report, UNIX_EPOCH).contains("is accepted for 90 s more\n"));
     }
 
     #[test]

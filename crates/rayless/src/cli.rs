@@ -72,6 +72,8 @@ pub(crate) enum StopWhat {
 pub(crate) enum TokenAction {
     New,
     Show { file: Option<PathBuf> },
+    Rotate { overlap: Option<Duration> },
+    FinishRotation,
 }
 
 /// What `logs` shows.
@@ -111,6 +113,8 @@ pub(crate) fn parse() -> Result<Asked, Failure> {
             Some(("show", found)) => {
                 TokenAction::Show { file: found.get_one::<PathBuf>(knobs::TOKEN_FILE.flag).cloned() }
             }
+            Some(("rotate", found)) if found.get_flag("finish") => TokenAction::FinishRotation,
+            Some(("rotate", found)) => TokenAction::Rotate { overlap: found.get_one::<Duration>("overlap").copied() },
             _ => TokenAction::New,
         }),
         Some(("logs", found)) => Action::Logs(LogOptions {
@@ -237,6 +241,18 @@ fn command() -> Command {
                     Command::new("show")
                         .about("Show this node's token on a terminal, elsewhere the path of its file")
                         .arg(arg(&knobs::TOKEN_FILE, value_parser!(PathBuf))),
+                )
+                .subcommand(
+                    Command::new("rotate")
+                        .about("Give all nodes a new token; the present one is accepted as well until `--finish`. On the head's host")
+                        .arg(
+                            Arg::new("overlap")
+                                .long("overlap")
+                                .value_name("SECONDS")
+                                .value_parser(ValueParser::new(overlap))
+                                .help("Refuse the present token after this time, without `--finish` (s)"),
+                        )
+                        .arg(switch("finish", "Refuse the token before the present one from here on").conflicts_with("overlap")),
                 ),
         )
         .subcommand(
@@ -349,6 +365,14 @@ fn seconds(text: &str) -> Result<Duration, String> {
         return Err("not a number of seconds from 0 to a year".to_owned());
     }
     Ok(Duration::from_secs_f64(number))
+}
+
+fn overlap(text: &str) -> Result<Duration, String> {
+    let overlap = seconds(text)?;
+    if overlap < Duration::from_secs(1) {
+        return Err("at least 1: the nodes must hear of the new one".to_owned());
+    }
+    Ok(overlap)
 }
 
 fn dead_after(text: &str) -> Result<Duration, String> {

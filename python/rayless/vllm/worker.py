@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayless._worker import doing
+from rayless._worker import current, doing
 from rayless.exceptions import LinkLostError
 from rayless.vllm import environment, pipeline
 from rayless.vllm.placement import Plan
@@ -171,6 +171,10 @@ class Worker:
         worker.shutdown()
         destroy_model_parallel()
         destroy_distributed_environment()
+        host = current()
+        if host is not None:
+            # Taking torch apart module by module takes seconds and frees nothing that the end of the process does not.
+            host.leave_at_once = True
 
     # --- details ---
 

@@ -98,6 +98,7 @@ impl World {
         });
         let name = self.hosts[host].name.clone();
         self.say(format!("daemon of {name} starts, life {}", self.hosts[host].incarnation));
+        self.hand_in_tokens(host, None);
         self.pump_head(host);
         self.pump_member(host);
         self.after(100 * MS, Event::NetTick { host, boot });
@@ -203,6 +204,7 @@ impl World {
                 head::Effect::Unwatch { node, incarnation } => side.detector.forget((node, incarnation)),
                 head::Effect::Notify(event) => self.say(format!("[{}] {}", event.kind, event.cause)),
                 head::Effect::SaveState(bytes) => self.hosts[host].head_state = Some(bytes),
+                head::Effect::EndOverlap => self.end_overlap(host),
             }
         }
         let (base, boot, now) = (self.base, self.hosts[host].boot, self.now);
@@ -302,6 +304,7 @@ impl World {
     }
 
     fn on_welcomed(&mut self, host: usize) {
+        self.tell_tokens(host, "");
         let up: Vec<GroupId> = self.hosts[host]
             .keepers
             .iter()
@@ -410,6 +413,7 @@ impl World {
                     driver.verdicts.insert(about, state);
                 }
             }
+            ToNode::Tokens(set) => self.take_tokens(host, set.marks()),
             ToNode::Welcome { .. }
             | ToNode::Refused(_)
             | ToNode::Fenced { .. }

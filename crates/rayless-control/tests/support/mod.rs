@@ -7,11 +7,13 @@
 //! | `wire` | links, control sessions (reliable, in order), heartbeats (neither) |
 //! | `daemon` | what a node's daemon does with the effects |
 //! | `steps` | keepers, drivers and the sessions between them |
+//! | `tokens` | what a daemon does with the cluster's tokens |
 //! | `story` | the script language |
 #![allow(dead_code, unreachable_pub, missing_docs, reason = "shared by several tests, each of which uses a part")]
 
 pub mod daemon;
 pub mod steps;
 pub mod story;
+pub mod tokens;
 pub mod wire;
 pub mod world;

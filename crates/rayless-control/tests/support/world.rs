@@ -7,7 +7,7 @@ use super::{
 };
 use rayless_control::Head;
 use rayless_proto::{
-    ids::{GroupId, NodeId},
+    ids::{GroupId, NodeId, TokenMark},
     resources::{CPU, GPU, Quantity, Resources},
     v1::{
         control::{GpuInfo, NodeInfo, Refusal},
@@ -75,6 +75,11 @@ pub struct Host {
     /// On disk: survives the daemon.
     pub incarnation: u64,
     pub head_state: Option<Vec<u8>>,
+    /// On disk: the tokens that it accepts, the current one first.
+    pub tokens: Vec<TokenMark>,
+    /// On the head's disk: until when it accepts the second.
+    pub overlap_ends: Option<Duration>,
+    pub disk_full: bool,
     /// Which start of the daemon this is.
     pub boot: u64,
     pub daemon: Option<Daemon>,
@@ -159,6 +164,9 @@ impl World {
             address: format!("10.0.{}.{}", index / 250, index % 250 + 1),
             incarnation: 0,
             head_state: None,
+            tokens: vec![super::tokens::FIRST],
+            overlap_ends: None,
+            disk_full: false,
             boot: 0,
             daemon: None,
             keepers: BTreeMap::new(),

@@ -13,9 +13,10 @@ use super::{
 use crate::{
     inventory::rdma,
     run_dir::{self, RunDir},
+    tokens::Tokens,
 };
 use rayless_control::{Head, Member, SessionId, head, member};
-use rayless_net::identity::ClusterIdentity;
+use rayless_net::identity::{ClusterIdentity, NodeKey};
 use rayless_proto::{
     ids::{GroupId, NodeId, PlacementGroupId, RequestId},
     limits::REAP_TIMEOUT,
@@ -44,6 +45,8 @@ const KILL_PATIENCE: Duration = Duration::from_secs(2);
 pub(crate) struct Core {
     pub(crate) run: RunDir,
     pub(crate) exe: PathBuf,
+    pub(crate) key: NodeKey,
+    pub(crate) tokens: Tokens,
     pub(crate) identity: ClusterIdentity,
     pub(crate) info: NodeInfo,
     /// Where the GPUs are on the PCI bus, as far as known.
@@ -217,6 +220,7 @@ impl Core {
                 self.wire.welcomed(head, self.dead_after);
                 tracing::info!(head = %head.short(), your_address, "member of the cluster");
                 self.wait = None;
+                self.tell_tokens(String::new());
                 self.tell_what_is_here();
                 self.send_requests_again(now);
                 if first {
@@ -287,6 +291,7 @@ impl Core {
             },
             head::Effect::Watch { node, incarnation } => self.wire.watch(node, incarnation),
             head::Effect::Unwatch { node, incarnation } => self.wire.unwatch(node, incarnation),
+            head::Effect::EndOverlap => self.end_overlap(now),
             head::Effect::Notify(event) => tracing::info!("{}: {}", event.kind, event.cause),
             head::Effect::SaveState(bytes) => match run_dir::write_atomically(&self.run.head_state(), &bytes) {
                 Ok(()) => self.save_failed = false,
@@ -300,7 +305,7 @@ impl Core {
         }
     }
 
-    fn head_takes(&mut self, input: head::Input, now: Instant) {
+    pub(crate) fn head_takes(&mut self, input: head::Input, now: Instant) {
         if matches!(&input, head::Input::Message { message: ToHead::Status { .. }, .. }) {
             self.tell_heard(now);
         }
@@ -485,6 +490,7 @@ impl Core {
                 self.placement_groups.remove(&id);
             }
             ToNode::NodeVerdict { node, name, state, cause } => self.verdict(node, name, state, &cause),
+            ToNode::Tokens(set) => self.take_tokens(&set),
             ToNode::Notice(event) => tracing::info!("head: {}: {}", event.kind, event.cause),
             answer => self.answer_from_head(answer, now),
         }

@@ -13,6 +13,7 @@ use rayless_proto::{
     v1::{
         control::{HeldGroup, RankAllocation, WorkerState},
         keeper::KeeperConfig,
+        local::LeafBundle,
         status::NodeState,
     },
 };
@@ -32,6 +33,8 @@ pub(crate) struct Keeper {
     pub(crate) held: HeldGroup,
     /// Its task; `None` while it starts.
     link: Option<Link>,
+    /// The identity that it is to have when it is up, where that changed meanwhile.
+    leaf: Option<LeafBundle>,
     /// The stop asked for, with its cause.
     pub(crate) stopping: Option<String>,
     /// How it ended, by its own word.
@@ -54,6 +57,7 @@ struct Link {
 enum Command {
     Stop(String),
     Verdict(NodeId, NodeState),
+    Identify(LeafBundle),
 }
 
 impl Keeper {
@@ -62,6 +66,7 @@ impl Keeper {
         Self {
             held,
             link: None,
+            leaf: None,
             stopping: None,
             ended: None,
             used: Used::new(),
@@ -92,12 +97,16 @@ impl Keeper {
                     command = queue.recv() => match command {
                         Some(Command::Stop(cause)) => handle.stop(&cause),
                         Some(Command::Verdict(node, state)) => handle.verdict(node, state),
+                        Some(Command::Identify(leaf)) => handle.identify(leaf),
                         // The daemon ends and leaves the keeper alone.
                         None => return,
                     },
                 }
             }
         });
+        if let Some(leaf) = self.leaf.take() {
+            self.command(Command::Identify(leaf));
+        }
         if let Some(cause) = self.stopping.clone() {
             self.command(Command::Stop(cause));
         }
@@ -119,6 +128,14 @@ impl Keeper {
     /// Tells it what the head holds a node for.
     pub(crate) fn verdict(&self, node: NodeId, state: NodeState) {
         self.command(Command::Verdict(node, state));
+    }
+
+    /// Gives it another identity for sessions to come.
+    pub(crate) fn identify(&mut self, leaf: LeafBundle) {
+        match &self.link {
+            Some(_) => self.command(Command::Identify(leaf)),
+            None => self.leaf = Some(leaf),
+        }
     }
 
     fn command(&self, command: Command) {

@@ -11,6 +11,7 @@ mod event;
 mod groups;
 mod keepers;
 mod requests;
+mod tokens;
 mod wire;
 
 use self::{
@@ -22,6 +23,7 @@ use crate::{
     inventory::{self, Inventory, Wishes, gpu, rdma},
     node_env,
     run_dir::{RunDir, RunDirLock},
+    tokens::Tokens,
 };
 use rayless_control::{Head, Member, head::HeadConfig, member::MemberConfig};
 use rayless_net::{
@@ -63,7 +65,7 @@ pub struct DaemonConfig {
     pub run_dir: RunDir,
     /// Head or not.
     pub role: Role,
-    /// The cluster's secret.
+    /// The cluster's secret, or one that a rotation on this node has replaced.
     pub token: Token,
     /// `--port`; 0 takes a free one.
     pub port: u16,
@@ -188,7 +190,9 @@ async fn start(config: DaemonConfig, lock: RunDirLock, talk: &mut dyn FnMut(Talk
     let rdma = rdma::look(&config.links.rdma_devices, &inventory.gpu_places);
     rdma::check(&config.links, &rdma).map_err(usage)?;
     let key = NodeKey::load_or_create(&config.run_dir.node_key()).map_err(failed)?;
-    let identity = ClusterIdentity::from_token(&config.token, &key).map_err(failed)?;
+    let tokens = Tokens::load(&config.run_dir, &config.token, SystemTime::now()).map_err(failed)?;
+    tokens.save_plain(&config.run_dir).map_err(|error| failed(format!("cannot write the token file: {error}")))?;
+    let identity = ClusterIdentity::from_tokens(tokens.current(), tokens.previous(), &key).map_err(failed)?;
     let (head_text, head_address, wait) = match &config.role {
         Role::Head => (String::new(), None, None),
         Role::Node { head, wait } => {
@@ -231,9 +235,11 @@ async fn start(config: DaemonConfig, lock: RunDirLock, talk: &mut dyn FnMut(Talk
         },
         started,
     );
-    let core = Core {
+    let mut core = Core {
         run: config.run_dir,
         exe: config.exe,
+        key,
+        tokens,
         identity,
         gpu_places: inventory.gpu_places.clone(),
         gpus_measured: gpu::has_driver() && !inventory.gpus.is_empty(),
@@ -262,6 +268,11 @@ async fn start(config: DaemonConfig, lock: RunDirLock, talk: &mut dyn FnMut(Talk
         phase: Phase::Up,
         save_failed: false,
     };
+    let overlap = core.tokens.overlap_left(SystemTime::now());
+    core.hand_in_tokens(overlap, started);
+    if core.tokens.was_rotated() {
+        core.identify_keepers();
+    }
     let outcome = core.serve(queue, talk).await;
     drop(lock);
     outcome

@@ -4,9 +4,10 @@ use super::{
     link::{LinkPolicy, LinkReport, LinkSettings},
     rdma::RdmaInventory,
     status::{Event, StatusReport},
+    token::TokenSet,
 };
 use crate::{
-    ids::{ClusterId, GroupId, Incarnation, NodeId, PlacementGroupId, Rank, RequestId},
+    ids::{ClusterId, GroupId, Incarnation, NodeId, PlacementGroupId, Rank, RequestId, TokenMark},
     resources::{Allocation, Resources, Strategy},
 };
 use rkyv::{Archive, Deserialize, Serialize};
@@ -351,6 +352,13 @@ pub enum ToHead {
         /// The node with all it knows now. Resources may only grow by what was unknown at the join.
         info: NodeInfo,
     },
+    /// The tokens that this node accepts: after each welcome, and as the answer to `Tokens`.
+    TokensHeld {
+        /// Their marks, the current one's first.
+        marks: Vec<TokenMark>,
+        /// Why the ones of the last `Tokens` could not be taken; empty otherwise.
+        problem: String,
+    },
 }
 
 /// Head to node.
@@ -457,6 +465,8 @@ pub enum ToNode {
         /// One line of cause.
         cause: String,
     },
+    /// Accept these tokens and no others from here on; answered with `TokensHeld` once they are on disk.
+    Tokens(TokenSet),
     /// Something that the node's own log should have too.
     Notice(Event),
 }

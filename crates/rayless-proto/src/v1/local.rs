@@ -40,6 +40,14 @@ pub enum ClientRequest {
     RemovePlacementGroup(PlacementGroupId),
     /// End this daemon and its groups.
     Stop,
+    /// Make a new cluster token and have every node accept it beside the present one. For the daemon of the head. Answered with `Done`
+    /// once it is on disk there; `Status` tells which nodes have it.
+    RotateToken {
+        /// After this many milliseconds the present one is no longer accepted; `None`: by `FinishRotation` only.
+        overlap_ms: Option<u64>,
+    },
+    /// Accept the new token alone from here on. Refused while a living node has not taken it.
+    FinishRotation,
 }
 
 /// A request with its number.

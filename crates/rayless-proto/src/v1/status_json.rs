@@ -4,7 +4,7 @@
 use super::{
     link::{LinkSettings, LinkTransport},
     rdma::{RdmaInventory, RdmaPort},
-    status::{GroupStatus, LinkStatus, NodeStatus, PlacementGroupStatus, StatusReport},
+    status::{GroupStatus, LinkStatus, NodeState, NodeStatus, PlacementGroupStatus, StatusReport},
 };
 use crate::resources::{Quantity, Resources};
 use serde_json::{Map, Value, json};
@@ -20,8 +20,13 @@ impl StatusReport {
                 "protocol": self.protocol,
                 "uptime_s": self.uptime_ms as f64 / 1e3,
                 "refused_handshakes": self.refused_handshakes,
+                "token": {
+                    "mark": self.token.mark.map(|mark| mark.to_string()),
+                    "rotating": self.token.rotating,
+                    "ends_in_s": self.token.left_ms.map(|left| left as f64 / 1e3),
+                },
             },
-            "nodes": self.nodes.iter().map(node).collect::<Vec<_>>(),
+            "nodes": self.nodes.iter().map(|one| node(one, self)).collect::<Vec<_>>(),
             "groups": self.groups.iter().map(group).collect::<Vec<_>>(),
             "placement_groups": self.placement_groups.iter().map(placement_group).collect::<Vec<_>>(),
             "links": self.links.iter().map(LinkStatus::to_json).collect::<Vec<_>>(),
@@ -48,7 +53,9 @@ impl Quantity {
     }
 }
 
-fn node(node: &NodeStatus) -> Value {
+fn node(node: &NodeStatus, report: &StatusReport) -> Value {
+    let is_gone = matches!(node.state, NodeState::Dead | NodeState::Left);
+    let behind = report.token.behind.iter().any(|(id, _)| *id == node.id);
     json!({
         "id": node.id.to_string(),
         "name": node.name,
@@ -70,6 +77,7 @@ fn node(node: &NodeStatus) -> Value {
         })).collect::<Vec<_>>(),
         "versions": node.versions.iter().map(|(name, version)| (name.clone(), json!(version))).collect::<Map<_, _>>(),
         "interface": node.interface,
+        "has_token": if is_gone { Value::Null } else { json!(!behind) },
         "env": node.node_env.iter().map(|env| json!({
             "name": env.name,
             "value": env.value,
@@ -184,11 +192,11 @@ fn rdma(rdma: &RdmaInventory) -> Value {
 mod tests {
     use super::super::{
         control::WorkerState,
-        status::{Event, GpuState, GpuStatus, GroupState, NodeState, WorkerStatus},
+        status::{Event, GpuState, GpuStatus, GroupState, TokenStatus, WorkerStatus},
     };
     use super::*;
     use crate::{
-        ids::{ClusterId, GroupId, NodeId},
+        ids::{ClusterId, GroupId, NodeId, TokenMark},
         resources::{CPU, GPU},
     };
 
@@ -201,6 +209,12 @@ mod tests {
             protocol: 1,
             uptime_ms: 1500,
             refused_handshakes: 2,
+            token: TokenStatus {
+                mark: Some(TokenMark([0xab; 8])),
+                rotating: true,
+                left_ms: Some(1500),
+                behind: vec![(id, "its disk is full".into())],
+            },
             nodes: vec![NodeStatus {
                 id,
                 name: "a".into(),
@@ -241,6 +255,11 @@ mod tests {
         };
         let shown = report.to_json();
         assert_eq!(shown["cluster"]["uptime_s"], 1.5);
+        assert_eq!(
+            shown["cluster"]["token"],
+            json!({ "mark": "abababababababab", "rotating": true, "ends_in_s": 1.5 })
+        );
+        assert_eq!(shown["nodes"][0]["has_token"], false);
         assert_eq!(shown["nodes"][0]["role"], "head");
         assert_eq!(shown["nodes"][0]["resources"], json!({ "CPU": 2, "GPU": 0.5 }));
         assert_eq!(shown["nodes"][0]["gpus"][0]["state"], "held");

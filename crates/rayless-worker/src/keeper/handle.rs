@@ -9,6 +9,7 @@ use rayless_proto::{
     v1::{
         control::HeldGroup,
         keeper::{FromKeeper, KeeperConfig, ToKeeper},
+        local::LeafBundle,
         status::NodeState,
     },
 };
@@ -166,6 +167,11 @@ impl KeeperHandle {
     /// Tells it what the head holds a node for. Queued, never blocks.
     pub fn verdict(&self, node: NodeId, state: NodeState) {
         self.remote().verdict(node, state);
+    }
+
+    /// Gives it another identity for the sessions that are still to come. Queued, never blocks.
+    pub fn identify(&self, leaf: LeafBundle) {
+        let _ = self.outbox.send(ToKeeper::Leaf(leaf));
     }
 
     /// The talking half, for who does not also listen: [`Self::next`] wants the handle for itself.

@@ -87,6 +87,7 @@ fn agree(asked: &Asked<'_>, mut channel: Channel, offer: &LinkOffer) -> Result<(
                 report.gid = step.pair.map(|(_, to)| to.gid).unwrap_or_default();
                 report.rejected = rejected;
                 report.verified = policy.verify;
+                report.encrypted = step.level == Level::Tcp && policy.encrypt;
                 let probe = link.probe();
                 return Ok((link, Live { report, probe }));
             }
@@ -103,10 +104,12 @@ fn rejected(plan: &Plan) -> Vec<(LinkTransport, String)> {
 }
 
 /// Where the sender may open the step's transport.
-fn place_of(boot: &LinkBoot, step: &Step, _policy: &LinkPolicy) -> Result<LinkPlace, String> {
+fn place_of(boot: &LinkBoot, step: &Step, policy: &LinkPolicy) -> Result<LinkPlace, String> {
     match step.level {
         Level::Shm => Ok(LinkPlace::Shm { keeper_socket: boot.keeper_socket.clone() }),
         Level::Rdma => Err("links over RDMA are not opened yet by this build".to_owned()),
+        // One stream within TLS: it is the cipher that limits it, not the flow.
+        Level::Tcp if policy.encrypt => Ok(LinkPlace::Tcp { streams: 1, encrypt: true }),
         Level::Tcp => Ok(LinkPlace::Tcp { streams: STREAMS, encrypt: false }),
     }
 }
@@ -124,7 +127,8 @@ fn attempt(
     };
     let mut acceptor = Acceptor::default();
     acceptor.expect(asked.link, Ticket(ticket), asked.config(policy.verify));
-    asked.shared.expect(asked.link, ticket);
+    let encrypt = matches!(place, LinkPlace::Tcp { encrypt: true, .. });
+    asked.shared.expect(asked.link, ticket, encrypt);
     let answer = LinkAnswer::Try(LinkTry { ticket, verify: policy.verify, place });
     channel.send(&codec::encode(&answer), &asked.patience)?;
     let opened = accept(asked, channel, &mut acceptor)?.and_then(|mut link| {
