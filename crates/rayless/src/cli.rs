@@ -39,6 +39,7 @@ pub(crate) enum Action {
     Stop(StopWhat),
     Token(TokenAction),
     Logs(LogOptions),
+    BenchLink(Box<crate::bench::LinkOptions>),
     Keeper,
 }
 
@@ -123,6 +124,10 @@ pub(crate) fn parse() -> Result<Asked, Failure> {
             all: found.get_flag("all"),
             follow: found.get_flag("follow"),
         }),
+        Some(("bench", found)) => Action::BenchLink(Box::new(crate::bench::link_options(
+            found.subcommand().map_or(found, |(_, link)| link),
+            knobs::TOKEN_FILE.flag,
+        ))),
         _ => Action::Keeper,
     };
     Ok(Asked { run_dir, action })
@@ -274,6 +279,7 @@ fn command() -> Command {
                 .arg(switch("all", "All groups and the daemon").conflicts_with_all(["group", "rank"]))
                 .arg(switch("follow", "Go on as lines come").short('f')),
         )
+        .subcommand(crate::bench::command(arg(&knobs::TOKEN_FILE, value_parser!(PathBuf))))
         .subcommand(Command::new("keeper").hide(true).about("Run the workers of one group (started by the daemon)"))
 }
 

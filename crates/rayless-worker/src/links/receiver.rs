@@ -88,8 +88,8 @@ fn agree(asked: &Asked<'_>, mut channel: Channel, offer: &LinkOffer) -> Result<(
                 report.rejected = rejected;
                 report.verified = policy.verify;
                 report.encrypted = step.level == Level::Tcp && policy.encrypt;
-                let probe = link.probe();
-                return Ok((link, Live { report, probe }));
+                let live = Live::new(report, link.probe());
+                return Ok((link, live));
             }
             Err(reason) => plan.failed(&reason),
         }

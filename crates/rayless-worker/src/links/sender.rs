@@ -142,8 +142,8 @@ impl Caller<'_> {
                     report.rejected = rejected;
                     report.verified = attempt.verify;
                     report.encrypted = matches!(attempt.place, LinkPlace::Tcp { encrypt: true, .. });
-                    let probe = link.probe();
-                    return Ok((link, Live { report, probe }));
+                    let live = Live::new(report, link.probe());
+                    return Ok((link, live));
                 }
                 (LinkAnswer::Settled { .. }, None) => {
                     return Err(ChannelError::Broken("settled on nothing".to_owned()).into());
