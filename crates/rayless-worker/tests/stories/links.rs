@@ -240,7 +240,7 @@ fn offer(group: GroupId, to: u32) -> Vec<u8> {
         node_name: "a".into(),
         host_id: "a".into(),
         policy: LinkPolicy::default(),
-        rdma_devices: Vec::new(),
+        rdma: Vec::new(),
         no_rdma: String::new(),
         max_message: 1,
     }))
