@@ -418,6 +418,7 @@ impl World {
             | ToNode::Refused(_)
             | ToNode::Fenced { .. }
             | ToNode::Status { .. }
+            | ToNode::KeeperStopped { .. }
             | ToNode::Notice(_) => {}
         }
     }

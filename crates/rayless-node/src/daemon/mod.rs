@@ -266,6 +266,8 @@ async fn start(config: DaemonConfig, lock: RunDirLock, talk: &mut dyn FnMut(Talk
         started,
         wait,
         phase: Phase::Up,
+        sweeping: 0,
+        next_look: started,
         save_failed: false,
     };
     let overlap = core.tokens.overlap_left(SystemTime::now());

@@ -342,6 +342,13 @@ pub enum ToHead {
         /// One line that names them and what they are in.
         line: String,
     },
+    /// The process of a keeper is stopped (SIGSTOP, a debugger's pause), or runs again: the kernel says so, no silence is guessed at.
+    KeeperStopped {
+        /// The group.
+        group: GroupId,
+        /// Whether it is stopped now.
+        stopped: bool,
+    },
     /// Memory of these GPUs is not back yet (`true`) or is back (`false`).
     GpuDraining {
         /// GPU index and whether it drains.
@@ -464,6 +471,15 @@ pub enum ToNode {
         state: super::status::NodeState,
         /// One line of cause.
         cause: String,
+    },
+    /// The keeper of a group whose driver is on the receiving node is stopped, or runs again; goes on to the driver.
+    KeeperStopped {
+        /// The group.
+        group: GroupId,
+        /// The keeper's node.
+        node: NodeId,
+        /// Whether it is stopped now.
+        stopped: bool,
     },
     /// Accept these tokens and no others from here on; answered with `TokensHeld` once they are on disk.
     Tokens(TokenSet),

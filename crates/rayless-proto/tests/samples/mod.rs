@@ -55,6 +55,7 @@ pub fn to_head() -> Vec<ToHead> {
         ToHead::WorkerChanged { group: GROUP, rank: 1, pid: 77, state: WorkerState::Busy },
         ToHead::LinkChanged { group: GROUP, report: link_report() },
         ToHead::GroupEnded { group: GROUP, cause: "rank 1 was killed".into() },
+        ToHead::KeeperStopped { group: GROUP, stopped: true },
         ToHead::RanksStuck { group: GROUP, line: "rank 1: 12 s in execute_model (call 17)".into() },
         ToHead::GpuDraining { gpus: vec![(0, true), (1, false)] },
         ToHead::Update { info: info() },
@@ -84,6 +85,7 @@ pub fn to_node() -> Vec<ToNode> {
         ToNode::RequestRefused { request: 4, refusal: refusal(), table: Some(table()) },
         ToNode::Status { request: 5, report: report() },
         ToNode::NodeVerdict { node: NODE, name: "b".into(), state: NodeState::Suspect, cause: "silent".into() },
+        ToNode::KeeperStopped { group: GROUP, node: NODE, stopped: true },
         ToNode::Notice(event()),
         ToNode::Tokens(TokenSet { current: token(1), previous: Some(token(2)) }),
     ]
@@ -142,6 +144,7 @@ pub fn daemon_messages() -> Vec<DaemonMessage> {
         },
         ClientReply::PlacementGroupPlaced { id: PLACEMENT_GROUP, nodes: vec![NODE] },
         ClientReply::NodeVerdict { node: NODE, name: "b".into(), state: NodeState::Dead, cause: "silent".into() },
+        ClientReply::KeeperStopped { group: GROUP, node: NODE, stopped: false },
         ClientReply::Done,
         ClientReply::Refused { refusal: refusal(), table: None },
     ]
