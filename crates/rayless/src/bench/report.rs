@@ -104,6 +104,7 @@ pub(super) mod tests {
             time: Duration::from_millis(500),
             streams: 2,
             verify: true,
+            stall: Duration::from_secs(60),
             rdma_address: None,
             json: true,
             plot: None,
