@@ -19,7 +19,7 @@ from wire import Wire, netns, unavailable, wired_hosts
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 
-QUICK = ["--transport", "tcp", "--verify", "--json", "--seconds", "0.2"]
+TCP = ["--transport", "tcp", "--verify", "--json"]
 
 
 @pytest.fixture
@@ -44,14 +44,15 @@ def listening(host: netns.Host, token: Path) -> Iterator[str]:
 
 
 def measuring(host: netns.Host, address: str, token: Path, *more: str) -> subprocess.Popen[bytes]:
-    words = ["rayless", "bench", "link", "--to", address, "--token-file", str(token), *QUICK, *more]
+    words = ["rayless", "bench", "link", "--to", address, "--token-file", str(token), *TCP, *more]
     return host.popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def test_a_slow_network_that_loses_packets_slows_a_link_down_and_harms_nothing(token: Path) -> None:
     with wired_hosts(seed=5) as (a, b, wire), listening(b, token) as address:
         wire.set(loss=2, delay=2, jitter=2, reorder=2, duplicate=1, rate=200)
-        out, err = measuring(a, address, token, "--sizes", "1,28KiB,2MiB", "--streams", "3").communicate(timeout=120)
+        words = ["--sizes", "1,28KiB,2MiB", "--streams", "3", "--seconds", "0.2"]
+        out, err = measuring(a, address, token, *words).communicate(timeout=120)
         points = json.loads(out)["transports"][0]["points"]
         assert [point["bytes"] for point in points] == [1, 28 << 10, 2 << 20], err
         assert wire.counters()["ab"]["lost"] > 0 and wire.counters()["ba"]["lost"] > 0
