@@ -1,6 +1,7 @@
 //! What a host is like, as far as it matters to a cluster: kernel, limits, interfaces, RDMA, GPUs, processes. All from /proc and /sys.
 
 use super::scrub::is_secret;
+use rayless_net::interfaces;
 use std::{fmt::Write as _, fs, path::Path};
 
 /// Kernel, distribution, processors, memory, shared memory, and the limits of process `daemon` (else of this one).
@@ -79,12 +80,17 @@ pub(crate) fn network() -> String {
 /// What RDMA devices there are, and what keeps them from working.
 pub(crate) fn rdma() -> String {
     let mut out = String::new();
-    let findings = rayless_verbs::preflight();
-    if findings.is_empty() {
+    let addresses: Vec<_> =
+        interfaces::list().unwrap_or_default().into_iter().map(|found| (found.name, found.address)).collect();
+    let found = rayless_verbs::preflight(&[], &addresses);
+    if found.findings.is_empty() {
         out.push_str("nothing keeps RDMA from working, as far as can be seen without trying\n");
     }
-    for finding in findings {
-        let _ = writeln!(out, "{finding:?}");
+    for finding in found.findings {
+        let _ = writeln!(out, "{finding}");
+    }
+    for reach in found.reaches {
+        let _ = writeln!(out, "{reach:?}");
     }
     for device in names("/sys/class/infiniband") {
         let root = format!("/sys/class/infiniband/{device}");
