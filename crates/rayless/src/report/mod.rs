@@ -20,6 +20,7 @@ use rayless_proto::{
 };
 use rayless_worker::keeper::{self, Answer};
 use std::{
+    cmp::Reverse,
     fmt::Write as _,
     fs,
     io::{self, Read as _, Seek as _, SeekFrom, Write as _},
@@ -171,7 +172,7 @@ impl Report {
             .flatten()
             .filter_map(|entry| Some((entry.metadata().ok()?.modified().ok()?, entry.path())))
             .collect();
-        groups.sort_by(|a, b| b.0.cmp(&a.0));
+        groups.sort_by_key(|(changed, _)| Reverse(*changed));
         for (_, group) in groups.into_iter().take(MAX_ENDED_GROUPS) {
             let name = group.file_name().unwrap_or_default().to_string_lossy().into_owned();
             let mut files: Vec<PathBuf> =
