@@ -33,10 +33,9 @@ class Stage:
         from rayless.vllm import pipeline
 
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        from vllm.config import VllmConfig, set_current_vllm_config
         from vllm.distributed import init_distributed_environment, initialize_model_parallel
         from vllm.distributed.parallel_state import get_pp_group, get_tp_group
-
-        from vllm.config import VllmConfig, set_current_vllm_config
 
         pipeline.prepare()
         rank = int(os.environ["RAYLESS_RANK"])

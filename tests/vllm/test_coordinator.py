@@ -26,7 +26,8 @@ def wide(pair: list[Host]) -> Any:
 
 
 def run(cluster: Cluster, *flags: str) -> list[dict[str, Any]]:
-    done = cluster.hosts[0].run([sys.executable, str(PROGRAM), *flags], env=cluster.environment(0), check=False)
+    command = [sys.executable, str(PROGRAM), *flags]
+    done = cluster.hosts[0].run(command, env=cluster.environment(0), check=False, timeout=600)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{(done.stderr or '')[-6000:]}"
     reports: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])["reports"]
     return reports

@@ -3,16 +3,18 @@
 use crate::{SessionId, pool::Pool};
 use rayless_proto::{
     ids::{GroupId, Incarnation, NodeId, PlacementGroupId, RequestId, TokenMark},
+    limits::MAX_LINK_ENDS,
     resources::{Allocation, Resources, Strategy},
     v1::{
         control::{GroupSpec, HeldGroup, HeldPlacementGroup, NodeInfo, RankAllocation, WorkerState},
+        link::LinkReport,
         status::{GroupState, NodeState},
     },
 };
 use rkyv::{Archive, Deserialize, Serialize};
 use std::{
     collections::{BTreeMap, BTreeSet},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 /// An authenticated control session.
@@ -29,6 +31,21 @@ pub(super) struct Brought {
     pub(super) held: Vec<HeldGroup>,
     pub(super) ended: Vec<(GroupId, String)>,
     pub(super) held_bundles: Vec<HeldPlacementGroup>,
+}
+
+/// How long the older of two lives of a node has to show that it still is, when the newer one comes from another host. Its session was replaced, so it dials
+/// within milliseconds; longer than a lost packet or two.
+pub(super) const CONTEST: Duration = Duration::from_millis(1500);
+/// For so long it then is the node, whoever else comes with its key.
+const CONTEST_WON: Duration = Duration::from_secs(60);
+
+/// A second host came with a node's key.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Contest {
+    /// Then; the first one has not been heard of since.
+    Since(Instant),
+    /// The first one dialled again then.
+    Won(Instant),
 }
 
 /// A node that joined at least once.
@@ -49,6 +66,7 @@ pub(super) struct Node {
     pub(super) tokens: Vec<TokenMark>,
     /// Why it could not take those it was sent last.
     pub(super) token_problem: String,
+    pub(super) contest: Option<Contest>,
     /// Why it is dead or left.
     pub(super) cause: String,
     /// When `state` became what it is.
@@ -59,6 +77,17 @@ impl Node {
     /// Whether something may be started on it.
     pub(super) fn is_placeable(&self) -> bool {
         self.state == NodeState::Alive && self.session.is_some()
+    }
+
+    /// Whether `info` comes from another host with this node's key while this one is known to live: the same life cannot be in two places, and a newer
+    /// one was contested and lost. Nor can the head's own, whose session is no network's.
+    pub(super) fn is_claimed_elsewhere(&self, info: &NodeInfo, head: NodeId, now: Instant) -> bool {
+        let won = |at: Instant| now.saturating_duration_since(at) < CONTEST_WON;
+        !self.is_gone()
+            && self.info.host_id != info.host_id
+            && (info.id == head
+                || self.incarnation >= info.incarnation
+                || matches!(self.contest, Some(Contest::Won(at)) if won(at)))
     }
 
     pub(super) fn is_gone(&self) -> bool {
@@ -130,6 +159,8 @@ pub(super) struct Part {
     pub(super) ranks: Vec<RankAllocation>,
     pub(super) pids: Vec<u32>,
     pub(super) states: Vec<WorkerState>,
+    /// Ends of links that its ranks have; not saved, for nodes bring them.
+    pub(super) links: Vec<LinkReport>,
     pub(super) keeper: Keeper,
     /// Which of `ranks` are taken out of a pool: all, but for what a node claims against the head's books.
     pub(super) counted: Vec<bool>,
@@ -141,12 +172,21 @@ impl Part {
     pub(super) fn new(ranks: Vec<RankAllocation>, keeper: Keeper, now: Instant) -> Self {
         let count = ranks.len();
         let states = vec![WorkerState::Starting; count];
-        Self { ranks, pids: vec![0; count], states, keeper, counted: vec![false; count], told: now }
+        Self { ranks, pids: vec![0; count], states, links: Vec::new(), keeper, counted: vec![false; count], told: now }
     }
 
     /// The ranks that are taken out of a pool.
     pub(super) fn counted_ranks(&self) -> impl Iterator<Item = &RankAllocation> {
         self.ranks.iter().zip(&self.counted).filter(|(_, counted)| **counted).map(|(rank, _)| rank)
+    }
+
+    /// Takes the report of an end of a link, if that end is at one of its ranks.
+    pub(super) fn take_report(&mut self, mut report: LinkReport) {
+        let of = if report.by_sender { report.from } else { report.to };
+        if self.ranks.iter().any(|known| known.rank == of) {
+            report.shorten();
+            report.put_into(&mut self.links, MAX_LINK_ENDS);
+        }
     }
 
     pub(super) fn is_wholly_counted(&self) -> bool {
