@@ -23,7 +23,7 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<(), Failure> {
-    let asked = cli::parse();
+    let asked = cli::parse()?;
     let run = RunDir::resolve(asked.run_dir);
     match asked.action {
         Action::Head(options) => start::run(&run, None, options),

@@ -179,11 +179,51 @@ fn a_keeper_that_was_killed_takes_its_workers_with_it() {
     let [a, b] = [Host::new(&cluster), Host::new(&cluster)];
     let (_head, _node, _) = two_nodes(&a, &b, &[]);
     let group = spread(&a, 2);
+    let left: u32 = answers(&group, "leave 1")[1].parse().unwrap();
     kill(keeper_pid(&b));
     assert!(group.wait_failed(Some(PATIENCE)).is_some());
-    gone(group.pids().into_iter().map(|(_, pid)| pid));
+    gone(group.pids().into_iter().map(|(_, pid)| pid).chain([left]));
     let status = await_group(&a, &group, "failed");
     assert_eq!(node(&status, "b").unwrap()["state"], "alive");
+}
+
+#[test]
+fn what_a_keeper_left_that_was_killed_without_a_daemon_is_ended_by_the_next_one() {
+    let cluster = Cluster::new();
+    let [a, b] = [Host::new(&cluster), Host::new(&cluster)];
+    let (_head, node_b, address) = two_nodes(&a, &b, &[]);
+    let group = spread(&a, 2);
+    let left: u32 = answers(&group, "leave 1")[1].parse().unwrap();
+    node_b.crash();
+    kill(keeper_pid(&b));
+    assert!(group.wait_failed(Some(PATIENCE)).is_some());
+    assert!(is_alive(i32::try_from(left).unwrap()));
+    let mut node_b = b.start(&["join", &address, "--name", "b"]);
+    node_b.says("has joined");
+    gone([left]);
+}
+
+#[test]
+fn a_stopped_keeper_is_told_from_a_late_one() {
+    let cluster = Cluster::new();
+    for far in [false, true] {
+        let [a, b] = [Host::new(&cluster), Host::new(&cluster)];
+        let (_head, _node, _) = two_nodes(&a, &b, &["--dead-after", "1"]);
+        let group = spread(&a, 2);
+        let keeper = keeper_pid(if far { &b } else { &a });
+        let process = rustix::process::Pid::from_raw(keeper).unwrap();
+        rustix::process::kill_process(process, rustix::process::Signal::STOP).unwrap();
+        let failure = group.wait_failed(Some(PATIENCE)).unwrap();
+        assert!(matches!(failure, GroupFailure::NodeDied { .. }), "{failure:?}");
+        assert!(failure.to_string().contains(", its keeper is stopped (SIGSTOP)"), "{failure}");
+        if far {
+            let status = a.status();
+            let seen = |event: &Value| event["kind"] == "keeper-stopped";
+            assert!(status["events"].as_array().unwrap().iter().any(seen), "{status}");
+        }
+        rustix::process::kill_process(process, rustix::process::Signal::CONT).unwrap();
+        gone(group.pids().into_iter().map(|(_, pid)| pid));
+    }
 }
 
 #[test]

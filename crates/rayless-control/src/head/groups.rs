@@ -12,7 +12,10 @@ use rayless_proto::{
     ids::{GroupId, NodeId, PlacementGroupId, Rank},
     limits::{KEEPER_START_TIMEOUT, MAX_CAUSE, MAX_ENDED_GROUPS, REAP_TIMEOUT, STOP_REPEAT_PERIOD},
     resources::Allocation,
-    v1::control::{GroupSpec, PlacedNode, Placement, RankAllocation, Refusal, RefusalKind, ToNode, WorkerState},
+    v1::{
+        control::{GroupSpec, PlacedNode, Placement, RankAllocation, Refusal, RefusalKind, ToNode, WorkerState},
+        link::LinkReport,
+    },
 };
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -111,6 +114,7 @@ impl Head {
         }
         part.keeper = Keeper::Gone;
         part.states.fill(WorkerState::Dead);
+        part.links.clear();
         let counted: Vec<RankAllocation> = part.counted_ranks().cloned().collect();
         part.counted.fill(false);
         for rank in &counted {
@@ -175,6 +179,8 @@ impl Head {
                 host_id: node.info.host_id.clone(),
                 node_env: node.info.node_env.clone(),
                 versions: node.info.versions.clone(),
+                link_policy: node.info.links.policy.clone(),
+                has_rdma: !node.info.rdma.devices.is_empty(),
             });
             for (local_rank, rank) in (0..).zip(&part.ranks) {
                 let uuid = |index| node.info.gpus.iter().find(|g| g.index == index).map(|g| g.uuid.clone());
@@ -209,6 +215,12 @@ impl Head {
         self.check_running(id, now);
     }
 
+    pub(super) fn on_link_changed(&mut self, node: NodeId, id: GroupId, report: LinkReport) {
+        let Some(group) = self.groups.get_mut(&id) else { return };
+        let Some(part) = group.parts.get_mut(&node).filter(|p| p.keeper != Keeper::Gone) else { return };
+        part.take_report(report);
+    }
+
     /// Ranks that make no progress: told, not judged. The driver ends the group when its patience does.
     pub(super) fn on_ranks_stuck(&mut self, node: NodeId, id: GroupId, line: &str, now: Instant) {
         let Some(group) = self.groups.get(&id).filter(|g| g.phase.is_live() && g.parts.contains_key(&node)) else {
@@ -217,6 +229,21 @@ impl Head {
         let line: String = line.chars().take(MAX_CAUSE).collect();
         let line = format!("group {} on {}: {line}", group.title(id), self.node_name(node));
         self.note("ranks-stuck", line, now);
+    }
+
+    /// The driver decides, by its own session: it only must not take the node's life for the keeper's.
+    pub(super) fn on_keeper_stopped(&mut self, node: NodeId, id: GroupId, stopped: bool, now: Instant) {
+        let Some(group) = self.groups.get(&id).filter(|g| g.phase.is_live() && g.parts.contains_key(&node)) else {
+            return;
+        };
+        let (title, driver) = (group.title(id), group.driver_node);
+        let name = self.node_name(node);
+        if stopped {
+            self.note("keeper-stopped", format!("group {title}: its keeper on {name} is stopped (SIGSTOP)"), now);
+        } else {
+            self.note("keeper-resumed", format!("group {title}: its keeper on {name} runs again"), now);
+        }
+        self.send(driver, ToNode::KeeperStopped { group: id, node, stopped });
     }
 
     pub(super) fn check_running(&mut self, id: GroupId, now: Instant) {

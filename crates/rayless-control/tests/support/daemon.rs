@@ -292,6 +292,7 @@ impl World {
             ranks: k.ranks.clone(),
             pids: k.pids.clone(),
             states: k.states.clone(),
+            links: k.links.clone(),
         });
         ToHead::Join {
             info: self.info(host, incarnation.0),
@@ -417,6 +418,7 @@ impl World {
             | ToNode::Refused(_)
             | ToNode::Fenced { .. }
             | ToNode::Status { .. }
+            | ToNode::KeeperStopped { .. }
             | ToNode::Notice(_) => {}
         }
     }

@@ -11,6 +11,8 @@ use rayless_proto::{
     resources::{CPU, GPU, Quantity, Resources},
     v1::{
         control::{GpuInfo, NodeInfo, Refusal},
+        link::LinkSettings,
+        rdma::RdmaInventory,
         status::StatusReport,
     },
 };
@@ -216,6 +218,8 @@ impl World {
             gpus: (0..h.gpus).map(gpu).collect(),
             versions: h.versions.clone(),
             node_env: Vec::new(),
+            links: LinkSettings::default(),
+            rdma: RdmaInventory::default(),
         }
     }
 

@@ -4,13 +4,14 @@
 //! what came of it into the queue. So everything here is plain code on plain maps, in one order of events.
 
 use super::{
-    DaemonError, LinkWishes, Ready, Talk,
+    DaemonError, Ready, Talk,
     asked::{Client, Pending},
     event::{ClientId, Event, Events},
     keepers::Keeper,
     wire::{News, Wire},
 };
 use crate::{
+    inventory::rdma,
     run_dir::{self, RunDir},
     tokens::Tokens,
 };
@@ -21,6 +22,7 @@ use rayless_proto::{
     limits::REAP_TIMEOUT,
     v1::{
         control::{HeldGroup, HeldPlacementGroup, NodeInfo, RefusalKind, ToHead, ToNode},
+        local::ClientReply,
         status::NodeState,
     },
 };
@@ -48,8 +50,8 @@ pub(crate) struct Core {
     pub(crate) tokens: Tokens,
     pub(crate) identity: ClusterIdentity,
     pub(crate) info: NodeInfo,
-    /// What this node wants of links; each keeper gets it.
-    pub(crate) links: LinkWishes,
+    /// Where the GPUs are on the PCI bus, as far as known.
+    pub(crate) gpu_places: rdma::Places,
     /// Whether GPUs come from NVML, so that their memory can be watched.
     pub(crate) gpus_measured: bool,
     pub(crate) dead_after: Duration,
@@ -84,6 +86,10 @@ pub(crate) struct Core {
     /// How long to wait for the first welcome; `None` once it came.
     pub(crate) wait: Option<Duration>,
     pub(crate) phase: Phase,
+    /// Groups of killed keepers whose leftovers are being ended.
+    pub(crate) sweeping: usize,
+    /// When the keepers' processes are looked at next.
+    pub(crate) next_look: Instant,
     /// Last failure to save the head's state, told once.
     pub(crate) save_failed: bool,
 }
@@ -156,6 +162,7 @@ impl Core {
             Event::KeeperStarted { group, started, used } => self.keeper_started(group, started, used),
             Event::KeeperSaid { group, message } => self.keeper_said(group, message),
             Event::KeeperGone { group } => self.keeper_gone(group),
+            Event::Swept { group, used } => self.keeper_swept(group, used),
             Event::Draining { group, gpus } => self.group_drains(group, &gpus),
             Event::Drained { group } => self.group_drained(group),
             Event::GpusFound(probe) => self.gpus_found(&probe, talk),
@@ -364,6 +371,7 @@ impl Core {
             return Err(self.no_head());
         }
         self.report_worker_states(now);
+        self.look_at_keepers(now);
         self.waits_for_head(now);
         match &mut self.phase {
             Phase::Up => Ok(Flow::Go),
@@ -380,9 +388,9 @@ impl Core {
             }
             Phase::Leaving { kill, killed, told } => {
                 let overdue = *kill <= now;
-                if self.keepers.is_empty() || (overdue && *killed) {
+                if (self.keepers.is_empty() && self.sweeping == 0) || (overdue && *killed) {
                     for (client, request) in std::mem::take(told) {
-                        self.answer(client, request, rayless_proto::v1::local::ClientReply::Done);
+                        self.answer(client, request, ClientReply::Done);
                     }
                     self.member.handle(now, member::Input::Leave);
                     return Ok(Flow::End);
@@ -443,7 +451,11 @@ impl Core {
         let wait = self.wait.filter(|wait| !wait.is_zero()).map(|wait| self.started + wait);
         let reports = self.keepers.values().filter_map(|keeper| keeper.next_report(STATE_REPORT_PERIOD)).min();
         let head = self.head.as_ref().and_then(Head::next_timeout);
-        [self.member.next_timeout(), head, phase, wait, reports, self.next_wait_report()].into_iter().flatten().min()
+        let look = (!self.keepers.is_empty()).then_some(self.next_look);
+        [self.member.next_timeout(), head, phase, wait, reports, look, self.next_wait_report()]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     /// Nobody was found within `--wait`.
@@ -489,6 +501,9 @@ impl Core {
                 self.placement_groups.remove(&id);
             }
             ToNode::NodeVerdict { node, name, state, cause } => self.verdict(node, name, state, &cause),
+            ToNode::KeeperStopped { group, node, stopped } => {
+                self.tell_drivers(&ClientReply::KeeperStopped { group, node, stopped });
+            }
             ToNode::Tokens(set) => self.take_tokens(&set),
             ToNode::Notice(event) => tracing::info!("head: {}: {}", event.kind, event.cause),
             answer => self.answer_from_head(answer, now),

@@ -10,6 +10,7 @@ use super::{
 use crate::{inventory::gpu::Used, run_dir::RunDir};
 use rayless_proto::{
     ids::{GroupId, NodeId, Rank},
+    limits::REAP_TIMEOUT,
     v1::{
         control::{HeldGroup, RankAllocation, WorkerState},
         keeper::KeeperConfig,
@@ -17,7 +18,10 @@ use rayless_proto::{
         status::NodeState,
     },
 };
-use rayless_worker::keeper::{self, HandOver, KeeperHandle};
+use rayless_worker::{
+    keeper::{self, HandOver, KeeperHandle},
+    stopped::is_stopped,
+};
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
@@ -41,6 +45,8 @@ pub(crate) struct Keeper {
     pub(crate) ended: Option<String>,
     /// GPU memory before it.
     pub(crate) used: Used,
+    /// Its process was stopped when last looked at, as told to the head.
+    stopped: bool,
     /// Ranks whose ready/busy state changed since the last report, and when that was.
     changed: BTreeSet<Rank>,
     reported: Option<Instant>,
@@ -51,6 +57,7 @@ struct Link {
     commands: mpsc::UnboundedSender<Command>,
     hand_over: HandOver,
     socket: PathBuf,
+    pid: u32,
 }
 
 #[derive(Debug)]
@@ -70,6 +77,7 @@ impl Keeper {
             stopping: None,
             ended: None,
             used: Used::new(),
+            stopped: false,
             changed: BTreeSet::new(),
             reported: None,
         }
@@ -79,7 +87,8 @@ impl Keeper {
     pub(crate) fn attach(&mut self, mut handle: KeeperHandle, events: Events) {
         let group = self.held.group;
         let (commands, mut queue) = mpsc::unbounded_channel();
-        self.link = Some(Link { commands, hand_over: handle.hand_over(), socket: handle.socket().clone() });
+        self.link =
+            Some(Link { commands, hand_over: handle.hand_over(), socket: handle.socket().clone(), pid: handle.pid() });
         tokio::spawn(async move {
             loop {
                 tokio::select! {
@@ -110,6 +119,17 @@ impl Keeper {
         if let Some(cause) = self.stopping.clone() {
             self.command(Command::Stop(cause));
         }
+    }
+
+    /// Whether its process was stopped or went on since the last look: what it is now.
+    pub(crate) fn stopped_changed(&mut self) -> Option<bool> {
+        let now = self.link.as_ref().is_some_and(|link| is_stopped(link.pid));
+        (std::mem::replace(&mut self.stopped, now) != now).then_some(now)
+    }
+
+    /// Whether it is stopped, as last seen.
+    pub(crate) const fn is_stopped(&self) -> bool {
+        self.stopped
     }
 
     /// Whether it takes sessions.
@@ -206,7 +226,7 @@ pub(crate) fn held_before_start(
 ) -> HeldGroup {
     let pids = vec![0; ranks.len()];
     let states = vec![WorkerState::Starting; ranks.len()];
-    HeldGroup { group, name, world_size, driver_node, ranks, pids, states }
+    HeldGroup { group, name, world_size, driver_node, ranks, pids, states, links: Vec::new() }
 }
 
 /// Starts a keeper in the background: [`Event::KeeperStarted`] tells how it went. `measured`: GPUs whose memory is
@@ -239,10 +259,23 @@ pub(crate) async fn find(run: &RunDir, events: &Events) -> BTreeMap<GroupId, Kee
             Err(error) => {
                 tracing::info!(%group, %error, "a keeper of an earlier daemon is gone");
                 forget(run, group);
+                sweep(group, Vec::new(), Used::new(), events.clone());
             }
         }
     }
     found
+}
+
+/// Ends what the workers of a killed keeper had started: [`Event::Swept`] tells when it is gone.
+pub(crate) fn sweep(group: GroupId, workers: Vec<u32>, used: Used, events: Events) {
+    tokio::spawn(async move {
+        let workers: Vec<u32> = workers.into_iter().filter(|pid| *pid != 0).collect();
+        let found = keeper::clear_orphans(group, &workers, Instant::now() + REAP_TIMEOUT).await;
+        if found > 0 {
+            tracing::warn!(%group, found, "ended what the workers of a killed keeper had started");
+        }
+        let _ = events.send(Event::Swept { group, used }).await;
+    });
 }
 
 /// Removes the files of a keeper that is gone. Its logs stay.

@@ -148,6 +148,15 @@ pub enum ClientReply {
         /// One line.
         cause: String,
     },
+    /// The keeper of one of this client's groups is stopped, or runs again: nobody vouches for it while it is.
+    KeeperStopped {
+        /// The group.
+        group: GroupId,
+        /// The keeper's node.
+        node: NodeId,
+        /// Whether it is stopped now.
+        stopped: bool,
+    },
     /// Done, nothing more to say.
     Done,
     /// Refused.
@@ -162,7 +171,7 @@ pub enum ClientReply {
 /// A reply with the number of its request.
 #[derive(Archive, Serialize, Deserialize, Clone, PartialEq, Debug)]
 pub struct DaemonMessage {
-    /// Number of the request; 0 for a `NodeVerdict`.
+    /// Number of the request; 0 for a `NodeVerdict` or `KeeperStopped`.
     pub request: RequestId,
     /// What it says.
     pub body: ClientReply,

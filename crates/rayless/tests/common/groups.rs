@@ -10,7 +10,7 @@ use rayless_worker::{
     driver::{Asked, Callbacks, GroupOptions, WorkerGroup},
     host::{Next, Worker},
 };
-use std::{env, time::Duration};
+use std::{env, process::Command, time::Duration};
 
 /// Body of a worker whose calls are words; returns at once in a process that no keeper started.
 pub fn serve_as_worker() {
@@ -30,6 +30,10 @@ pub fn serve_as_worker() {
         let answer = match text.split_once(' ').unwrap_or((&text, "")) {
             ("env", name) => env::var(name).unwrap_or_default(),
             ("die", rank) if rank == worker.rank().to_string() => std::process::exit(3),
+            // A program in a session of its own, which nothing but the group it was started in leads to.
+            ("leave", rank) if rank == worker.rank().to_string() => {
+                Command::new("setsid").args(["sleep", "1000"]).spawn().unwrap().id().to_string()
+            }
             ("rank", _) => worker.rank().to_string(),
             _ => text.clone(),
         };
