@@ -52,7 +52,11 @@ def fail(llm: Any, sampling: Any) -> dict[str, str]:
     try:
         llm.generate(["Hello"], sampling, use_tqdm=False)
     except Exception as error:
-        told = str(error)
+        # vLLM's own clearing up may fail on top of it.
+        chain: BaseException | None = error
+        while chain is not None:
+            told += f"{chain}\n"
+            chain = chain.__cause__ or chain.__context__
     left = ""
     try:
         executor.check_health()

@@ -58,6 +58,8 @@ pub(crate) struct NodeOptions {
     pub(crate) background: bool,
     /// Started by `--daemon`: token on stdin, readiness on stdout.
     pub(crate) child: bool,
+    /// Started again by itself, without RAYLESS_TOKEN in its environment: that is on stdin.
+    pub(crate) token_on_stdin: bool,
 }
 
 /// What `stop` ends.
@@ -170,6 +172,7 @@ fn node_options(found: &ArgMatches) -> NodeOptions {
         links: link_wishes(found),
         background: found.get_flag("daemon"),
         child: found.get_flag("daemon-child"),
+        token_on_stdin: found.get_flag("token-on-stdin"),
     }
 }
 
@@ -309,6 +312,7 @@ fn node_command(name: &'static str, about: &'static str) -> Command {
                 .help("Return once the node is ready (for `join`: taken by the head); it goes on in the background"),
         )
         .arg(Arg::new("daemon-child").long("daemon-child").action(ArgAction::SetTrue).hide(true))
+        .arg(Arg::new("token-on-stdin").long("token-on-stdin").action(ArgAction::SetTrue).hide(true))
 }
 
 /// An argument from its knob.
