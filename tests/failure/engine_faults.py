@@ -135,7 +135,7 @@ ENGINE_FAULTS = [
         _process("keeper@b", STOP),
         _process("keeper@b", CONT),
         "ends",
-        "EngineCore (silence, three times --dead-after: the head vouches for the node)",
+        "EngineCore (silence)",
         SILENT,
         stays=("keeper@b", "worker@b", "helper"),
     ),

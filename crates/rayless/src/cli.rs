@@ -39,6 +39,7 @@ pub(crate) enum Action {
     Stop(StopWhat),
     Token(TokenAction),
     Logs(LogOptions),
+    Report { output: Option<PathBuf> },
     BenchLink(Box<crate::bench::LinkOptions>),
     Keeper,
 }
@@ -120,6 +121,7 @@ pub(crate) fn parse() -> Result<Asked, Failure> {
             Some(("rotate", found)) => TokenAction::Rotate { overlap: found.get_one::<Duration>("overlap").copied() },
             _ => TokenAction::New,
         }),
+        Some(("report", found)) => Action::Report { output: found.get_one::<PathBuf>("output").cloned() },
         Some(("logs", found)) => Action::Logs(LogOptions {
             group: text(found, "group"),
             rank: found.get_one::<Rank>("rank").copied(),
@@ -261,6 +263,18 @@ fn command() -> Command {
                                 .help("Refuse the present token after this time, without `--finish` (s)"),
                         )
                         .arg(switch("finish", "Refuse the token before the present one from here on").conflicts_with("overlap")),
+                ),
+        )
+        .subcommand(
+            Command::new("report")
+                .about("Pack status, events, logs, versions, links, stacks and what this host is like into one file to send to someone")
+                .arg(
+                    Arg::new("output")
+                        .long("output")
+                        .short('o')
+                        .value_name("FILE")
+                        .value_parser(value_parser!(PathBuf))
+                        .help("Where to [default: rayless-report-HOST-TIME.tar.gz in this directory]"),
                 ),
         )
         .subcommand(

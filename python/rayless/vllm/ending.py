@@ -9,6 +9,7 @@ group is stopped, for some seconds at most, before it goes on as vLLM does.
 from __future__ import annotations
 
 import functools
+import threading
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
 
 #: At most; up to 0.20 vLLM itself gave as much.
 SECONDS = 5.0
-#: Between two looks at the groups.
+#: Between two looks at the groups, and for the first one.
 _LOOK_SECONDS = 0.05
+_FIRST_LOOK_SECONDS = 0.5
 _PATCHED = "__rayless__"
 
 
@@ -46,20 +48,33 @@ def _end(processes: Sequence[BaseProcess]) -> None:
     """SIGTERM to EngineCore, then until its group is stopped or it has ended."""
     from multiprocessing.connection import wait
 
+    looked, stopped = threading.Event(), threading.Event()
     drivers = {process.pid for process in processes}
-    running = _live_groups(drivers)
+    # In a thread of its own: a daemon that hangs must not keep anybody from ending.
+    threading.Thread(target=_watch, args=(drivers, looked, stopped), name="rayless-ending", daemon=True).start()
+    looked.wait(_FIRST_LOOK_SECONDS)
     for process in processes:
         if process.is_alive():
             process.terminate()
     limit = time.monotonic() + SECONDS
-    while time.monotonic() < limit:
+    while not stopped.is_set() and time.monotonic() < limit:
         alive = [process.sentinel for process in processes if process.is_alive()]
         if not alive:
             return
         wait(alive, _LOOK_SECONDS)
-        # Not knowing (no head) is no reason to stop waiting.
-        if running and _live_groups(drivers) == 0:
+
+
+def _watch(drivers: set[int | None], looked: threading.Event, stopped: threading.Event) -> None:
+    """Tells when what these processes drive now is stopped."""
+    running = _live_groups(drivers)
+    looked.set()
+    limit = time.monotonic() + SECONDS
+    # Not knowing (no head) is no reason to stop waiting.
+    while running and time.monotonic() < limit:
+        if _live_groups(drivers) == 0:
+            stopped.set()
             return
+        time.sleep(_LOOK_SECONDS)
 
 
 def _live_groups(drivers: set[int | None]) -> int | None:
