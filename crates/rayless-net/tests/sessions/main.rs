@@ -1,6 +1,7 @@
 //! Sessions between real sockets on this host's loopback interface.
 
 #[cfg(test)]
+mod link;
 mod net_thread;
 #[cfg(test)]
 mod quic;

@@ -223,6 +223,10 @@ pub enum LinkPlace {
     Rdma {
         /// `IP:port`.
         address: String,
+        /// The sender's way out.
+        from: RdmaReach,
+        /// The receiver's.
+        to: RdmaReach,
     },
     /// As the bootstrap channel was.
     Tcp {
