@@ -2,6 +2,7 @@
 
 #[cfg(test)]
 mod link;
+#[cfg(test)]
 mod net_thread;
 #[cfg(test)]
 mod quic;

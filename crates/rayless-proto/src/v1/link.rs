@@ -224,9 +224,9 @@ pub enum LinkPlace {
         /// `IP:port`.
         address: String,
         /// The sender's way out.
-        from: RdmaReach,
+        from: Box<RdmaReach>,
         /// The receiver's.
-        to: RdmaReach,
+        to: Box<RdmaReach>,
     },
     /// As the bootstrap channel was.
     Tcp {

@@ -119,7 +119,8 @@ fn place_of(
         (Level::Rdma, Some((from, to))) => {
             let door = Door::open(to, boot.rdma_ports, asked.link.to)
                 .map_err(|cause| format!("{cause} (at {})", asked.named(asked.link.to)))?;
-            let place = LinkPlace::Rdma { address: door.address(), from: from.clone(), to: to.clone() };
+            let place =
+                LinkPlace::Rdma { address: door.address(), from: Box::new(from.clone()), to: Box::new(to.clone()) };
             Ok((place, Some(door)))
         }
         (Level::Rdma, None) => Err("no two devices can talk".to_owned()),
