@@ -22,6 +22,7 @@ from vllm.v1.executor.abstract import Executor
 import rayless
 from rayless.exceptions import LinkLostError
 from rayless.vllm import pipeline
+from rayless.vllm.ending import end_with_front_end
 from rayless.vllm.environment import gpus_per_worker
 from rayless.vllm.placement import describe, make_plans
 from rayless.vllm.preflight import compare, find
@@ -66,6 +67,7 @@ class RaylessExecutor(Executor):
             parallel, "prefill_context_parallel_size", 1
         )
         _refuse_unsupported(self.vllm_config)
+        end_with_front_end()
         self._pipeline_is_ours = parallel.pipeline_parallel_size > 1 and pipeline.is_ours()
 
         on_cpu = current_platform.is_cpu()
