@@ -7,7 +7,9 @@ import os
 import pickle
 import subprocess
 import sys
+import tempfile
 import threading
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 
@@ -322,6 +324,29 @@ class TestEnding:
         process = self.Process()
         ending._end([process])  # type: ignore[list-item]
         assert process.asked
+
+    def test_an_engine_does_not_outlive_its_front_end(self) -> None:
+        """Three processes: this one looks on, the second is killed, the third was its EngineCore."""
+        script = (
+            "import multiprocessing as m, os, sys, time\n"
+            "def core(pipe):\n"
+            "    from rayless.vllm.ending import end_with_front_end\n"
+            "    end_with_front_end()\n"
+            "    pipe.send(os.getpid())\n"
+            "    time.sleep(600)\n"
+            "if __name__ == '__main__':\n"
+            "    near, far = m.Pipe()\n"
+            "    m.get_context('spawn').Process(target=core, args=(far,), name='EngineCore').start()\n"
+            "    print(near.recv(), flush=True)\n"
+            "    os.kill(os.getpid(), 9)\n"
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "front_end.py")
+            file.write_text(script)
+            done = subprocess.run([sys.executable, str(file)], capture_output=True, timeout=60)
+        assert done.returncode == -9
+        # The pipes were read to their ends, which a core that lived on would keep open.
+        assert b"front end is gone" in done.stderr
 
     def test_only_a_front_end_that_would_give_no_time_is_changed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from vllm.v1.engine.utils import CoreEngineProcManager

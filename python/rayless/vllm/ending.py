@@ -1,4 +1,4 @@
-"""The end of an engine in vLLM's front end: time for EngineCore to stop its workers in order.
+"""The end of an engine: EngineCore gets the time to stop its workers in order, and does not outlive its front end.
 
 ``--shutdown-timeout 0``, the default, says how long requests may go on when ``vllm serve`` is told to end: not at all. vLLM 0.25 and
 newer take it for the time of EngineCore's process as well and kill it in the moment in which they ask it to end (only on ROCm do they
@@ -9,6 +9,8 @@ group is stopped, for some seconds at most, before it goes on as vLLM does.
 from __future__ import annotations
 
 import functools
+import os
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -42,6 +44,28 @@ def let_engines_end() -> None:
 
     setattr(shutdown, _PATCHED, True)
     CoreEngineProcManager.shutdown = shutdown
+
+
+def end_with_front_end() -> None:
+    """Has this process, if it is EngineCore in a process of its own, end with the front end that started it.
+
+    A front end that is killed cannot ask EngineCore to end, and vLLM leaves it running, with its workers and their GPUs, waiting for requests.
+    Its workers then go the way of all groups that lose their driver.
+    """
+    import multiprocessing
+
+    front_end = multiprocessing.parent_process()
+    if front_end is None or not multiprocessing.current_process().name.startswith("EngineCore"):
+        return
+    threading.Thread(target=_outlive_nobody, args=(front_end.sentinel,), name="rayless-front-end", daemon=True).start()
+
+
+def _outlive_nobody(sentinel: int) -> None:
+    from multiprocessing.connection import wait
+
+    wait([sentinel])
+    print("rayless: vLLM's front end is gone, its EngineCore ends", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _end(processes: Sequence[BaseProcess]) -> None:
