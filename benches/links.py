@@ -212,6 +212,8 @@ def main() -> None:
     fast, copy = median(large, "gb_s"), median(large, "memcpy_gb_s")
     shown.append(compare(f"shm, 16 MiB, {fast:.2f} GB/s / memcpy {copy:.2f}", fast / copy, 0.8, False))
     document: dict[str, Any] = {"ratios": shown, "turns": turns}
+    if asked.json:
+        asked.json.write_text(json.dumps(document, indent=1))
     if asked.guest:
         document["guest"] = guest(asked.seconds)
         for kind, values in document["guest"].items():

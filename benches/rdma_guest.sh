@@ -3,18 +3,22 @@
 # KIND WHAT VALUE. Latencies of perftest are one way, in microseconds (t_typical); bandwidths in MB/s.
 set -euo pipefail
 rayless=$1 seconds=$2
-perf() { # KIND TOOL COLUMN ARGS..: one run between the device and itself, by rdma_cm as links do
-  local kind=$1 tool=$2 column=$3 address=$4 device=$5
+perf() { # KIND TOOL COLUMN ADDRESS DEVICE ARGS..: one run between the device and itself, by rdma_cm as links do
+  local kind=$1 tool=$2 column=$3 address=$4 device=$5 value=failed
   shift 5
-  "$tool" -R -d "$device" "$@" >/run/server 2>&1 & local server=$!
-  for _ in $(seq 50); do
-    sleep 0.2
-    if "$tool" -R -d "$device" "$@" "$address" >/run/client 2>&1; then break; fi
-    # The server may not have listened yet, or may have ended with the failed attempt.
-    kill -0 $server 2>/dev/null || { "$tool" -R -d "$device" "$@" >/run/server 2>&1 & server=$!; }
+  for _ in 1 2 3; do
+    # Each side is limited: a server whose client failed would wait for ever.
+    timeout 60 "$tool" -R -d "$device" "$@" >/run/server 2>&1 & local server=$!
+    sleep 2
+    if timeout 50 "$tool" -R -d "$device" "$@" "$address" >/run/client 2>&1; then
+      value=$(awk -v c="$column" '$1 ~ /^[0-9]+$/ && NF >= 4 {value = $c} END {print value}' /run/client)
+      wait $server || true
+      break
+    fi
+    kill $server 2>/dev/null || true
+    wait $server || true
   done
-  wait $server || true
-  echo "$kind $tool $(awk -v c="$column" '$1 ~ /^[0-9]+$/ && NF >= 4 {value = $c} END {print value}' /run/client)"
+  echo "$kind $tool $value"
 }
 for kind in rxe siw; do
   [ -e "/sys/class/infiniband/${kind}0" ] || continue
