@@ -252,6 +252,8 @@ mod tests {
         StatusReport {
             cluster: ClusterId([9; 16]),
             head,
+            term: rayless_proto::ids::Term(0),
+            heads: Vec::new(),
             protocol: 1,
             uptime_ms: 65_000,
             refused_handshakes: 1,

@@ -6,12 +6,14 @@
 //! | `world` | time, events, hosts, invariants |
 //! | `wire` | links, control sessions (reliable, in order), heartbeats (neither) |
 //! | `daemon` | what a node's daemon does with the effects |
+//! | `store` | the store that chooses one of several heads |
 //! | `steps` | keepers, drivers and the sessions between them |
 //! | `story` | the script language |
 #![allow(dead_code, unreachable_pub, missing_docs, reason = "shared by several tests, each of which uses a part")]
 
 pub mod daemon;
 pub mod steps;
+pub mod store;
 pub mod story;
 pub mod wire;
 pub mod world;

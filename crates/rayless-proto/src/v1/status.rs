@@ -2,7 +2,7 @@
 
 use super::control::{NodeEnv, WorkerState};
 use crate::{
-    ids::{ClusterId, GroupId, NodeId, PlacementGroupId, Rank},
+    ids::{ClusterId, GroupId, NodeId, PlacementGroupId, Rank, Term},
     resources::Resources,
 };
 use rkyv::{Archive, Deserialize, Serialize};
@@ -14,6 +14,10 @@ pub struct StatusReport {
     pub cluster: ClusterId,
     /// `cluster.head`
     pub head: NodeId,
+    /// `cluster.term`; 0 without a store
+    pub term: Term,
+    /// `cluster.heads`: the active one first; empty without a store
+    pub heads: Vec<HeadSeat>,
     /// `cluster.protocol`
     pub protocol: u16,
     /// `cluster.uptime_s`, here in milliseconds
@@ -30,6 +34,19 @@ pub struct StatusReport {
     pub links: Vec<LinkStatus>,
     /// `events`, oldest first
     pub events: Vec<Event>,
+}
+
+/// A daemon that is the head, or stands by to be.
+#[derive(Archive, Serialize, Deserialize, Clone, PartialEq, Eq, Debug)]
+pub struct HeadSeat {
+    /// Its node.
+    pub node: NodeId,
+    /// Its node's name.
+    pub name: String,
+    /// `IP:port` of its daemon.
+    pub address: String,
+    /// Whether it is the head now.
+    pub active: bool,
 }
 
 /// What the head holds a node for.

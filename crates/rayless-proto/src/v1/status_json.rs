@@ -13,6 +13,13 @@ impl StatusReport {
             "cluster": {
                 "id": self.cluster.to_string(),
                 "head": self.head.to_string(),
+                "term": self.term.0,
+                "heads": self.heads.iter().map(|head| json!({
+                    "node": head.node.to_string(),
+                    "name": head.name,
+                    "address": head.address,
+                    "state": if head.active { "active" } else { "standby" },
+                })).collect::<Vec<_>>(),
                 "protocol": self.protocol,
                 "uptime_s": self.uptime_ms as f64 / 1e3,
                 "refused_handshakes": self.refused_handshakes,
@@ -123,11 +130,11 @@ fn link(link: &LinkStatus) -> Value {
 mod tests {
     use super::super::{
         control::WorkerState,
-        status::{Event, GpuState, GpuStatus, GroupState, NodeState, WorkerStatus},
+        status::{Event, GpuState, GpuStatus, GroupState, HeadSeat, NodeState, WorkerStatus},
     };
     use super::*;
     use crate::{
-        ids::{ClusterId, GroupId, NodeId},
+        ids::{ClusterId, GroupId, NodeId, Term},
         resources::{CPU, GPU},
     };
 
@@ -137,6 +144,8 @@ mod tests {
         let report = StatusReport {
             cluster: ClusterId([1; 16]),
             head: id,
+            term: Term(4),
+            heads: vec![HeadSeat { node: id, name: "a".into(), address: "10.0.0.1:6379".into(), active: true }],
             protocol: 1,
             uptime_ms: 1500,
             refused_handshakes: 2,
@@ -178,6 +187,7 @@ mod tests {
         };
         let shown = report.to_json();
         assert_eq!(shown["cluster"]["uptime_s"], 1.5);
+        assert_eq!((&shown["cluster"]["term"], &shown["cluster"]["heads"][0]["state"]), (&json!(4), &json!("active")));
         assert_eq!(shown["nodes"][0]["role"], "head");
         assert_eq!(shown["nodes"][0]["resources"], json!({ "CPU": 2, "GPU": 0.5 }));
         assert_eq!(shown["nodes"][0]["gpus"][0]["state"], "held");
