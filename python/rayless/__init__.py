@@ -15,6 +15,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from rayless import environment as environment
     from rayless import exceptions as exceptions
+    from rayless import fabric as fabric
     from rayless._context import RuntimeContext as RuntimeContext
     from rayless._context import get_runtime_context as get_runtime_context
     from rayless._deferred import Deferred as Deferred
@@ -42,6 +43,7 @@ _HOME = {
     "cluster_resources": "_runtime",
     "environment": "",
     "exceptions": "",
+    "fabric": "",
     "get_runtime_context": "_context",
     "init": "_runtime",
     "is_initialized": "_runtime",
@@ -61,6 +63,7 @@ __all__ = [
     "cluster_resources",
     "environment",
     "exceptions",
+    "fabric",
     "get_runtime_context",
     "init",
     "is_initialized",

@@ -49,8 +49,17 @@ class WorkerGroup:
     ends with ``stop()``, with that process, or with the first of its ranks or nodes that dies.
     """
 
-    def __init__(self, native: _rayless.Group, runtime: _runtime.Runtime) -> None:
+    def __init__(
+        self,
+        native: _rayless.Group,
+        runtime: _runtime.Runtime,
+        steps: Iterable[str] = (),
+        step_deadline: float | None = None,
+    ) -> None:
         self._native = native
+        deadline = native.step_deadline if step_deadline is None else step_deadline
+        #: Method to the seconds that a call of it may take.
+        self._deadlines = dict.fromkeys(steps, deadline) if deadline > 0 else {}
         self._pid = runtime.pid
         #: Id of the group, as ``rayless status`` shows it.
         self.id: str = native.id
@@ -76,6 +85,8 @@ class WorkerGroup:
         python: str | None = None,
         placement_group: str | None = None,
         start_timeout: float = 600,
+        steps: Iterable[str] = (),
+        step_deadline: float | None = None,
     ) -> WorkerGroup:
         """Starts ``n`` workers and in each an instance of ``hosted``: ``hosted(*args, **kwargs)``.
 
@@ -85,13 +96,22 @@ class WorkerGroup:
         to wait for nodes and resources (default RAYLESS_WAIT, else 600; 0 refuses at once); meanwhile a table on stderr
         says what is short and who has it. ``python``: the interpreter of the workers, by default this one.
         ``placement_group``: id of a placement group to carve the bundles out of. ``start_timeout``: seconds for the workers
-        to come up once they are placed, the run of ``hosted`` not included.
+        to come up once they are placed, the run of ``hosted`` not included. ``steps``: names of methods that are known to
+        be short. Where a call of one of them takes longer than ``step_deadline`` seconds (default RAYLESS_STEP_DEADLINE, else this
+        node's ``--step-deadline``, 300; 0 for no limit) while no earlier call is under way, the group is ended with
+        ``StepDeadlineError``. Other methods may take as long as they like; a call without progress for RAYLESS_STUCK_AFTER
+        seconds (10) is reported on stderr, with where its ranks are.
 
         Raises ``PlacementError``, ``RefusedError`` and other ``LaunchError``, ``ClusterNotFoundError``, ``WorkerDiedError`` or
         ``NodeDiedError`` where one died meanwhile, and what ``hosted`` raised, as ``RayTaskError``. Whatever was started is
         ended then.
         """
         per_rank = _bundles(bundles, n)
+        stuck_after = _seconds("RAYLESS_STUCK_AFTER", 10.0)
+        if step_deadline is None and "RAYLESS_STEP_DEADLINE" in os.environ:
+            step_deadline = _seconds("RAYLESS_STEP_DEADLINE", 0.0)
+        elif step_deadline is not None and not step_deadline >= 0:
+            raise ValueError(f"step_deadline={step_deadline} is not a time\nhint: seconds, 0 for no limit")
         if rank_env is not None and len(rank_env) != n:
             raise ValueError(f"rank_env has {len(rank_env)} mappings for {n} ranks\nhint: give one per rank")
         # First of all, so that what cannot be pickled is said before anything is started.
@@ -113,9 +133,10 @@ class WorkerGroup:
             boot=_boot(),
             start_timeout=start_timeout,
             log_to_driver=os.environ.get("RAYLESS_LOG_TO_DRIVER", "1").lower() not in ("0", "false", "no", "off"),
+            stuck_after=stuck_after,
             report=_report.Reporter(),
         )
-        group = cls(native, runtime)
+        group = cls(native, runtime, steps, step_deadline)
         try:
             native.run("__init__", first_call, None, None)
         except BaseException:
@@ -143,7 +164,8 @@ class WorkerGroup:
         """
         name = method if type(method) is str else _pickle.method_name(method)
         asked = None if ranks is None else self._asked(ranks)
-        replies = self._native.run(name, _pickle.dumps((method, args, kwargs)), asked, timeout)
+        payload = _pickle.dumps((method, args, kwargs))
+        replies = self._native.run(name, payload, asked, timeout, self._deadlines.get(name))
         return _replies.results(self._all if asked is None else asked, name, replies)
 
     def call_async(
@@ -161,7 +183,8 @@ class WorkerGroup:
         """
         name = method if type(method) is str else _pickle.method_name(method)
         asked = None if ranks is None else self._asked(ranks)
-        native = self._native.submit(name, _pickle.dumps((method, args, kwargs)), asked, timeout)
+        payload = _pickle.dumps((method, args, kwargs))
+        native = self._native.submit(name, payload, asked, timeout, self._deadlines.get(name))
         return CallFuture(native, name, self._all if asked is None else asked)
 
     def add_failure_callback(self, callback: Callable[[Exception], object]) -> None:
@@ -223,13 +246,17 @@ def _wait(wait: float | None) -> float:
         if not wait >= 0:
             raise ValueError(f"wait={wait} is not a time\nhint: seconds, 0 or more")
         return float(wait)
-    text = os.environ.get("RAYLESS_WAIT", "600")
+    return _seconds("RAYLESS_WAIT", 600.0)
+
+
+def _seconds(name: str, default: float) -> float:
+    text = os.environ.get(name, default)
     try:
         seconds = float(text)
     except ValueError:
         seconds = -1.0
     if not seconds >= 0:
-        raise ValueError(f"RAYLESS_WAIT={text} is not a time\nhint: seconds, 0 or more")
+        raise ValueError(f"{name}={text} is not a time\nhint: seconds, 0 or more")
     return seconds
 
 

@@ -3,6 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+#: Name, dtype (torch's name without ``torch.``), shape, address, bytes.
+_Tensor = tuple[str, str, Sequence[int], int, int]
+
 __version__: str
 
 class _Reporter(Protocol):
@@ -35,6 +38,7 @@ def start_group(
     boot: bytes,
     start_timeout: float,
     log_to_driver: bool,
+    stuck_after: float,
     report: _Reporter,
 ) -> Group:
     """Places a group, starts its workers and returns when all take calls. Ctrl-C gives the start up."""
@@ -46,9 +50,27 @@ class Group:
     run_dir: str
     def ranks(self) -> list[dict[str, Any]]:
         """The fields of ``RankInfo``, in ascending rank."""
-    def run(self, method: str, payload: bytes, ranks: tuple[int, ...] | None, timeout: float | None, /) -> list[bytes]:
-        """Calls and waits. ``method`` is for messages only."""
-    def submit(self, method: str, payload: bytes, ranks: tuple[int, ...] | None, timeout: float | None, /) -> Call:
+    step_deadline: float
+    """Seconds that a step may take by the word of this node's daemon; 0 for no limit."""
+    def run(
+        self,
+        method: str,
+        payload: bytes,
+        ranks: tuple[int, ...] | None,
+        timeout: float | None,
+        deadline: float | None = None,
+        /,
+    ) -> list[bytes]:
+        """Calls and waits. ``method`` is for messages only. With ``deadline`` it is a step, and the group ends where it takes longer."""
+    def submit(
+        self,
+        method: str,
+        payload: bytes,
+        ranks: tuple[int, ...] | None,
+        timeout: float | None,
+        deadline: float | None = None,
+        /,
+    ) -> Call:
         """Calls."""
     def failure(self) -> Exception | None:
         """Why the group is over, if it failed."""
@@ -83,4 +105,74 @@ class Worker:
     def ready(self, versions: Sequence[tuple[str, str]], /) -> None: ...
     def next_call(self) -> tuple[int, bool, bytes] | None:
         """Call id, whether this rank is asked, payload; ``None`` when the group is over."""
+    def doing(self, text: str, /) -> None:
+        """Notes what this rank is in; counts as progress."""
     def reply(self, call: int, raised: bool, payload: bytes, /) -> None: ...
+    def send_link(self, to: int, channel: int = 0, *, timeout: float) -> SendLink:
+        """The sending end of a link to rank ``to``; it is there when that rank asks for the other end."""
+    def recv_link(self, from_rank: int, channel: int = 0, *, timeout: float) -> RecvLink:
+        """The receiving end of a link from rank ``from_rank``."""
+
+class SendLink:
+    """The sending end of a link. Memory given to it is read until the call returns or, for ``isend``, the handle is done."""
+
+    from_rank: int
+    to_rank: int
+    channel: int
+    def send(
+        self, tensors: Sequence[_Tensor], extra: bytes | None = None, tag: int = 0, timeout: float | None = None
+    ) -> None:
+        """Returns when the memory may be reused."""
+    def isend(
+        self, tensors: Sequence[_Tensor], extra: bytes | None = None, tag: int = 0, keep: object = None
+    ) -> SendHandle:
+        """Returns at once; ``keep`` is held until the message has left."""
+    def pending(self) -> int:
+        """Messages that were accepted and have not left."""
+    def close(self, timeout: float = 5.0) -> None:
+        """Waits for what has not left, gives up the rest, and closes. Idempotent."""
+    def report(self) -> dict[str, Any]: ...
+    def counters(self) -> dict[str, int]:
+        """``work_requests``, ``doorbells``, ``completions`` (RDMA), ``sleeps``."""
+
+class SendHandle:
+    """A message under way."""
+
+    def is_completed(self) -> bool: ...
+    def wait(self, timeout: float | None = None) -> None: ...
+
+class Announced:
+    """What a message says of itself; ``tensors`` are (name, dtype, shape)."""
+
+    sequence: int
+    tag: int
+    extra: bytes
+    tensors: tuple[tuple[str, str, tuple[int, ...]], ...]
+
+class RecvLink:
+    """The receiving end of a link. Memory given to it belongs to it until the call returns."""
+
+    from_rank: int
+    to_rank: int
+    channel: int
+    def recv_header(self, step: int | None = None, timeout: float | None = None) -> Announced:
+        """Waits for the next message; asked again before its payload is taken, it says the same."""
+    def recv_payload(self, buffers: Sequence[tuple[int, int]], timeout: float | None = None) -> None:
+        """Takes the payload into (address, bytes), one per tensor."""
+    def close(self) -> None:
+        """Idempotent; ends a call of another thread."""
+    def report(self) -> dict[str, Any]: ...
+    def counters(self) -> dict[str, int]: ...
+
+def link_pair(
+    transport: str,
+    *,
+    from_rank: int = 0,
+    to_rank: int = 1,
+    channel: int = 0,
+    verify: bool = False,
+    max_message: int | None = None,
+    streams: int = 1,
+    addresses: tuple[str, str] | None = None,
+) -> tuple[SendLink, RecvLink]:
+    """Both ends of a link in this process. ``addresses``: the receiver's and the sender's, for tcp and rdma."""

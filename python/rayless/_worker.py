@@ -29,9 +29,36 @@ def main() -> None:
         # A pipe is block-buffered by default: its lines would come late, and the last ones never.
         stream.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
     worker = _rayless.Worker()
+    _offer_stacks()
     _boot(worker.boot())
+    global _host
+    _host = Host(worker)
     worker.ready(list(_versions.installed().items()))
-    Host(worker).run()
+    _host.run()
+
+
+_host: Host | None = None
+
+
+def current() -> Host | None:
+    """The worker that this process is, if it is one."""
+    return _host
+
+
+def _offer_stacks() -> None:
+    """Lets the keeper have the stacks of all threads, whatever they are in: the handler is C and needs no lock of Python's."""
+    descriptor, number = map(int, os.environ.pop("RAYLESS_STACKS").split(","))
+    os.set_inheritable(descriptor, False)
+    faulthandler.register(number, file=descriptor, all_threads=True, chain=False)
+
+
+def doing(text: str) -> None:
+    """Notes what this rank is in, for the line that the driver prints when nothing moves; counts as progress.
+
+    The name of the running method is noted by itself. Nothing happens in a process that is no worker.
+    """
+    if _host is not None:
+        _host.native.doing(text)
 
 
 def _boot(blob: bytes) -> None:
@@ -55,6 +82,13 @@ class Host:
         self._worker = worker
         self._instance: Any = None
         self._later: Later | None = None
+        #: Id of the call that runs, or ran last: the same on every rank, and greater with every call.
+        self.call = 0
+
+    @property
+    def native(self) -> _rayless.Worker:
+        """This rank, as the native module has it."""
+        return self._worker
 
     def run(self) -> None:
         """Until the group is over, or a method leaves by ``SystemExit``."""
@@ -66,9 +100,11 @@ class Host:
 
     def _handle(self, call: int, asked: bool, payload: bytes) -> None:
         name = "(a call that cannot be unpickled)"
+        self.call = call
         try:
             method, args, kwargs = pickle.loads(payload)
             name = _pickle.method_name(method) if method is not None else "__init__"
+            self._worker.doing(name)
             result = self._invoke(method, args, kwargs)
             if type(result) is Deferred:
                 if asked:

@@ -12,6 +12,12 @@
 ``ClusterNotFoundError``                no daemon or no head here (a ``ConnectionError``)
 ``LaunchError``                         a group could not be started
 ``PlacementError``, ``RefusedError``    … for want of nodes or resources; by policy
+``LinkError``                           a link between two ranks; base of the next
+``LinkRejectedError``                   the caller's mistake: nothing was sent (a ``ValueError``)
+``LinkTimeoutError``                    not in time; the link stays usable (a ``TimeoutError``)
+``LinkClosedError``                     one end was closed in order
+``LinkLostError``                       lost in the middle: every later call raises the same (a ``ConnectionError``)
+``LinkUnavailableError``                could not be opened (a ``ConnectionError``)
 ======================================  ==============================================================
 
 The message is one line of cause, then ``hint:`` with what to do.
@@ -28,6 +34,12 @@ __all__ = [
     "ClusterNotFoundError",
     "GetTimeoutError",
     "LaunchError",
+    "LinkClosedError",
+    "LinkError",
+    "LinkLostError",
+    "LinkRejectedError",
+    "LinkTimeoutError",
+    "LinkUnavailableError",
     "NodeDiedError",
     "PendingCallsLimitExceeded",
     "PlacementError",
@@ -101,8 +113,62 @@ class WorkerDiedError(ActorDiedError):
     """A rank's process ended."""
 
 
+class StepDeadlineError(ActorDiedError):
+    """A step took longer than its deadline, and the group was ended. ``ranks``: those that made no progress."""
+
+    def __init__(
+        self, message: str, ranks: Sequence[int] = (), rank: int | None = None, node: str | None = None
+    ) -> None:
+        super().__init__(message, rank if rank is not None or not ranks else ranks[0], node)
+        self.ranks = list(ranks)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.args[0], self.ranks, self.rank, self.node)
+
+
 class NodeDiedError(ActorDiedError):
     """A node with ranks of the group is gone, or cut off."""
+
+
+class LinkError(RayError):
+    """Something about a link. ``link`` is its name, ``from_rank`` and ``to_rank`` its ends, ``kind`` what exactly (a few words)."""
+
+    def __init__(
+        self,
+        message: str,
+        link: str | None = None,
+        from_rank: int | None = None,
+        to_rank: int | None = None,
+        kind: str | None = None,
+    ) -> None:
+        super().__init__(message, link, from_rank, to_rank, kind)
+        self.link = link
+        self.from_rank = from_rank
+        self.to_rank = to_rank
+        self.kind = kind
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class LinkRejectedError(LinkError, ValueError):
+    """A tensor, buffer or call that the link does not take. Found before anything moved; the link stays usable."""
+
+
+class LinkTimeoutError(LinkError, _Timeout):
+    """Nothing came, or left, in time. The link stays usable and the call can be made again."""
+
+
+class LinkClosedError(LinkError):
+    """One end was closed after a whole message; nothing is lost."""
+
+
+class LinkLostError(LinkError, ConnectionError):
+    """The link broke: its peer is gone, the ends are at different steps, or a call was stopped in the middle of a message."""
+
+
+class LinkUnavailableError(LinkError, ConnectionError):
+    """The link could not be opened: no transport is both allowed and working, or the other end never asked for it."""
 
 
 class RayTaskError(RayError):

@@ -41,7 +41,7 @@ mod scatter;
 pub mod select;
 mod send;
 pub mod shm;
-mod spin;
+pub mod spin;
 pub mod tcp;
 mod tensor;
 pub mod transport;

@@ -11,6 +11,7 @@ use crate::{
     probe::Probe,
     send::{SendLink, with_parts},
     tensor::{Extra, PeerLimits, TensorRef, TensorSpec, encode},
+    transport::Counters,
     wait::{Cancel, Wait},
 };
 use std::{
@@ -109,6 +110,16 @@ impl SendQueue {
         Arc::clone(&self.probe)
     }
 
+    /// Cancels the link's calls from other threads: what is in the queue is then given up, and the link lost.
+    pub fn canceller(&self) -> Cancel {
+        self.cancel.clone()
+    }
+
+    /// What the transport has counted; `None` while a message is on its way in the queue's thread.
+    pub fn counters(&self) -> Option<Counters> {
+        self.shared.lock().link.as_ref().map(SendLink::counters)
+    }
+
     /// Messages that have been accepted and have not left yet.
     pub fn pending(&self) -> u64 {
         let state = self.shared.lock();
@@ -168,6 +179,40 @@ impl SendQueue {
         drop(guard);
         self.shared.changed.notify_all();
         Ok(self.handle(number))
+    }
+
+    /// Sends a message in the caller's thread and returns when its buffers may be reused, behind what is in the queue.
+    ///
+    /// A wait that ends before the first byte has left gives [`SendError::Stopped`], and the link stays usable.
+    pub fn send(&mut self, tensors: &[TensorRef<'_>], extra: Extra<'_>, wait: &Wait<'_>) -> Result<(), SendError> {
+        let mut state = self.shared.lock();
+        // The thread puts the link back before it counts a message as gone; no other message comes in meanwhile.
+        while state.left < state.accepted && state.failed.is_none() {
+            let slice = match wait.next_slice(&self.cancel) {
+                Ok(slice) => slice,
+                Err(stop) => return Err(SendError::Stopped { link: self.name, sequence: state.accepted, stop }),
+            };
+            let waited = self.shared.changed.wait_timeout(state, slice);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        if let Some(error) = &state.failed {
+            return Err(error.clone());
+        }
+        let Some(mut link) = state.link.take() else { return Err(SendError::Closed { link: self.name }) };
+        // Handles of earlier messages are looked at meanwhile, so the state is not held.
+        drop(state);
+        let sent = link.send(tensors, extra, wait);
+        let mut state = self.shared.lock();
+        state.link = Some(link);
+        match &sent {
+            Ok(()) => {
+                state.accepted += 1;
+                state.left += 1;
+            }
+            Err(SendError::Rejected(_) | SendError::Stopped { .. }) => {}
+            Err(error @ (SendError::Closed { .. } | SendError::Lost(_))) => state.failed = Some(error.clone()),
+        }
+        sent
     }
 
     /// Waits until everything has left, then closes the link in order. Gives false when the wait ended before that:

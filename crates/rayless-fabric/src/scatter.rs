@@ -1,5 +1,7 @@
 //! Payloads as lists of slices, walked by byte offset.
 
+use std::io::IoSliceMut;
+
 /// Bytes to send: the tensors of a message one after the other, never gathered into one buffer.
 #[derive(Clone, Copy, Debug)]
 pub struct Scatter<'a> {
@@ -100,6 +102,28 @@ impl<'a, 'b> ScatterMut<'a, 'b> {
     }
 }
 
+impl ScatterMut<'_, '_> {
+    /// Lists the slices that make up `offset..offset + len` in `out`, as many as it has room for; gives how many.
+    pub(crate) fn list<'s>(&'s mut self, mut offset: u64, mut len: u64, out: &mut [IoSliceMut<'s>]) -> usize {
+        let mut used = 0;
+        let tail = std::iter::once(&mut *self.tail);
+        for part in self.parts.iter_mut().map(|part| &mut **part).chain(tail) {
+            let part_len = part.len() as u64;
+            if offset >= part_len {
+                offset -= part_len;
+                continue;
+            }
+            let take = (part_len - offset).min(len);
+            let Some(place) = out.get_mut(used).filter(|_| take > 0) else { break };
+            *place = IoSliceMut::new(&mut part[offset as usize..(offset + take) as usize]);
+            used += 1;
+            len -= take;
+            offset = 0;
+        }
+        used
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -119,5 +143,26 @@ mod tests {
                 assert_eq!(seen, &b"abcdefgh"[offset as usize..(offset + len) as usize], "{offset}+{len}");
             }
         }
+    }
+
+    #[test]
+    fn a_list_has_the_slices_of_a_walk() {
+        let (mut a, mut b, mut tail) = (*b"abc", *b"defg", *b"h");
+        let mut parts: [&mut [u8]; 3] = [&mut a, &mut [], &mut b];
+        let mut scatter = ScatterMut::with_tail(&mut parts, &mut tail);
+        for offset in 0..=8 {
+            for len in 0..=8 - offset {
+                let mut walked = Vec::new();
+                scatter.walk(offset, len, |slice| {
+                    walked.push(slice.to_vec());
+                    true
+                });
+                let mut listed = [const { None }; 4].map(|_: Option<()>| IoSliceMut::new(&mut []));
+                let used = scatter.list(offset, len, &mut listed);
+                assert!(listed[..used].iter().map(|slice| slice.to_vec()).eq(walked), "{offset}+{len}");
+            }
+        }
+        let mut one = [IoSliceMut::new(&mut [])];
+        assert_eq!((scatter.list(1, 7, &mut one), one[0].len()), (1, 2));
     }
 }

@@ -13,6 +13,19 @@ pub struct Policy {
     pub any_rdma_device: bool,
 }
 
+impl Policy {
+    /// Why `level` is not allowed; `None` where it is.
+    pub fn refusal(&self, level: Level) -> Option<String> {
+        match self.only {
+            Some(only) if only != level => Some(format!("--transport {only} was given")),
+            None if level == Level::Tcp && self.any_rdma_device && !self.allow_tcp => {
+                Some("the cluster has RDMA devices, so TCP takes --allow-tcp".to_owned())
+            }
+            _ => None,
+        }
+    }
+}
+
 /// One transport as it turned out for one link.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Candidate {
@@ -54,14 +67,7 @@ pub fn choose(mut candidates: Vec<Candidate>, policy: Policy) -> Result<Choice, 
     candidates.sort_by_key(|candidate| std::cmp::Reverse(candidate.level));
     let mut rejected = Vec::new();
     for Candidate { level, proven } in candidates {
-        let refusal = match policy.only {
-            Some(only) if only != level => Some(format!("--transport {only} was given")),
-            None if level == Level::Tcp && policy.any_rdma_device && !policy.allow_tcp => {
-                Some("the cluster has RDMA devices, so TCP takes --allow-tcp".to_owned())
-            }
-            _ => proven.err(),
-        };
-        match refusal {
+        match policy.refusal(level).or_else(|| proven.err()) {
             None => return Ok(Choice { level, rejected }),
             Some(reason) => rejected.push(Rejection { level, reason }),
         }

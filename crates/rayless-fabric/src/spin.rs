@@ -1,6 +1,6 @@
-//! Looking again before sleeping, where that pays.
+//! Looking again before sleeping, where that pays: for links and for the steps that drive them.
 //!
-//! Between two hops that follow each other closely, looking beats a sleep by far; the core is given away
+//! Between two hops or calls that follow each other closely, looking beats a sleep by far; the core is given away
 //! (`sched_yield`) between looks. But where others want the core, a yield hands it to somebody who keeps it for
 //! milliseconds. So a yield that came back late ends the spinning, for this wait and for a while.
 
@@ -11,20 +11,21 @@ const LATE: Duration = Duration::from_micros(60);
 /// How long not to spin after a late yield.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// One end's spinning.
+/// One thread's, or one end's, spinning.
 #[derive(Debug)]
-pub(crate) struct Spin {
+pub struct Spin {
     limit: Duration,
     not_before: Option<Instant>,
 }
 
 impl Spin {
-    pub(crate) const fn new(limit: Duration) -> Self {
+    /// Looks for `limit` at most; zero: sleeps at once.
+    pub const fn new(limit: Duration) -> Self {
         Self { limit, not_before: None }
     }
 
     /// Until when a wait that begins now may look; `None`: it sleeps at once.
-    pub(crate) fn begin(&mut self) -> Option<Instant> {
+    pub fn begin(&mut self) -> Option<Instant> {
         if self.limit.is_zero() {
             return None;
         }
@@ -37,7 +38,7 @@ impl Spin {
     }
 
     /// Gives the core away once; false when it is time to sleep.
-    pub(crate) fn again(&mut self, until: &mut Option<Instant>) -> bool {
+    pub fn again(&mut self, until: &mut Option<Instant>) -> bool {
         let before = Instant::now();
         if until.is_none_or(|until| before >= until) {
             return false;

@@ -9,9 +9,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// The longest that a transport sleeps before it looks again at the deadline, the caller's check and
-/// the peer's life: events end a sleep at once, this bounds what has no event (a peer of shared memory that was
-/// killed, a signal to another thread).
+/// The longest that a transport sleeps before it looks again at the deadline and the caller's check. Bytes, room, a
+/// cancellation and a peer's end are events, which end a sleep at once; this bounds what has none (a signal to
+/// another thread).
 pub(crate) const SLICE: Duration = Duration::from_millis(50);
 
 /// The limits of one blocking call.

@@ -10,7 +10,8 @@
 //! 6. [`heartbeat`]: the thread that owns all QUIC traffic of a daemon.
 //! 7. [`tcp`]: the same identity over TCP; reading a session's name before it is handed over.
 //! 8. [`unix`]: local sockets, their owner, and descriptors passed over them.
-//! 9. [`interfaces`]: which address, which interface, whether something translates in between.
+//! 9. [`link`]: the handshake between two workers, after which tensors may follow in clear.
+//! 10. [`interfaces`]: which address, which interface, whether something translates in between.
 #![deny(unsafe_code)] // allowed in `os` only
 
 pub mod counters;
@@ -18,6 +19,7 @@ pub mod framing;
 pub mod heartbeat;
 pub mod identity;
 pub mod interfaces;
+pub mod link;
 pub mod quic;
 pub mod tcp;
 pub mod token;

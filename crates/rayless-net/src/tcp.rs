@@ -1,6 +1,6 @@
 //! Sessions over TCP: the same identity and the same first frame as over QUIC, and a way to hand a session over.
 //!
-//! A caller names whom it wants (`<group>.keeper.rayless`) in the TLS server name. The daemon behind the port looks
+//! A caller names whom it wants (`<group>.keeper.rayless`, `<rank>.<group>.link.rayless`) in the TLS server name. The daemon behind the port looks
 //! at that name without taking a byte off the socket ([`Front`]), and passes the socket on to the process of that
 //! name, which shakes hands itself ([`accept`]).
 
@@ -14,7 +14,7 @@ use crate::{
 };
 use rayless_proto::{
     hello::{Hello, HelloError, Purpose},
-    ids::{GroupId, NodeId},
+    ids::{GroupId, NodeId, Rank},
     limits::{HANDSHAKE_TIMEOUT, MAX_HALF_OPEN, MAX_HELLO},
 };
 use rustix::net::{RecvFlags, recv, sockopt};
@@ -22,6 +22,7 @@ use rustls::{AlertDescription, pki_types::ServerName};
 use std::{
     io,
     net::SocketAddr,
+    os::fd::AsFd,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -39,6 +40,7 @@ const KEEP_ALIVE_AFTER: Duration = Duration::from_secs(15);
 const KEEP_ALIVE_EVERY: Duration = Duration::from_secs(5);
 const KEEP_ALIVE_COUNT: u32 = 6;
 const KEEPER_SUFFIX: &str = ".keeper.rayless";
+const LINK_SUFFIX: &str = ".link.rayless";
 
 /// A session could not be opened, as caller or as called.
 #[derive(Debug, thiserror::Error)]
@@ -115,9 +117,25 @@ pub fn keeper_name(group: GroupId) -> String {
     format!("{group}{KEEPER_SUFFIX}")
 }
 
-/// The group in such a name.
+/// The server name under which a worker is called by another that wants to send it tensors.
+pub fn link_name(group: GroupId, rank: Rank) -> String {
+    format!("{rank}.{group}{LINK_SUFFIX}")
+}
+
+/// The worker in such a name.
+pub fn worker_of(name: &str) -> Option<(GroupId, Rank)> {
+    let (rank, group) = name.strip_suffix(LINK_SUFFIX)?.split_once('.')?;
+    // One worker, one name: no signs, no leading zeros.
+    let plain = rank.bytes().all(|b| b.is_ascii_digit()) && (rank == "0" || !rank.starts_with('0'));
+    Some((group.parse().ok()?, rank.parse().ok().filter(|_| plain)?))
+}
+
+/// The group in either kind of name: its keeper on this node gets the session.
 pub fn group_of(name: &str) -> Option<GroupId> {
-    name.strip_suffix(KEEPER_SUFFIX)?.parse().ok()
+    match name.strip_suffix(KEEPER_SUFFIX) {
+        Some(group) => group.parse().ok(),
+        None => worker_of(name).map(|(group, _)| group),
+    }
 }
 
 /// Calls `name` at `address` and shakes hands, within [`HANDSHAKE_TIMEOUT`] in all. With `wanted`, only that node (or a
@@ -215,8 +233,9 @@ async fn greet(mut stream: TlsStream<TcpStream>, address: SocketAddr) -> Result<
 }
 
 /// A step must not wait for more to send, and a peer that is gone must be found out even if nobody sends.
-fn tune(stream: &TcpStream) -> io::Result<()> {
-    stream.set_nodelay(true)?;
+pub(crate) fn tune(stream: impl AsFd) -> io::Result<()> {
+    let stream = stream.as_fd();
+    sockopt::set_tcp_nodelay(stream, true)?;
     sockopt::set_socket_keepalive(stream, true)?;
     sockopt::set_tcp_keepidle(stream, KEEP_ALIVE_AFTER)?;
     sockopt::set_tcp_keepintvl(stream, KEEP_ALIVE_EVERY)?;
@@ -233,7 +252,7 @@ fn into_io(error: FrameError) -> io::Error {
     }
 }
 
-fn classify(address: SocketAddr, error: io::Error) -> TcpError {
+pub(crate) fn classify(address: SocketAddr, error: io::Error) -> TcpError {
     use AlertDescription::{
         AccessDenied, BadCertificate, CertificateRequired, CertificateUnknown, DecryptError, UnknownCA,
     };

@@ -65,8 +65,22 @@ knobs! {
     WAIT { flag: "wait", env: "RAYLESS_WAIT", value: "SECONDS", default: "600", unit: "s" }
     /// Silence after which a node counts as dead
     DEAD_AFTER { flag: "dead-after", env: "RAYLESS_DEAD_AFTER", value: "SECONDS", default: "3", unit: "s" }
+    /// How long a step of an engine may take before its group is ended; 0 for no limit. Of a driver: the value of its own environment wins over its node's
+    STEP_DEADLINE { flag: "step-deadline", env: "RAYLESS_STEP_DEADLINE", value: "SECONDS", default: "300", unit: "s" }
+    /// A call without progress for so long has its ranks looked into (a driver's knob); 0 for never [default: 10]
+    STUCK_AFTER { flag: "", env: "RAYLESS_STUCK_AFTER", value: "SECONDS", default: "10", unit: "s" }
     /// Names the host: daemons with the same value share memory [default: boot id and network namespace]
     HOST_ID { flag: "host-id", env: "RAYLESS_HOST_ID", value: "TEXT", default: "", unit: "" }
+    /// What moves tensors between this node's workers and others: auto is shared memory on one host, else RDMA
+    TRANSPORT { flag: "transport", env: "RAYLESS_TRANSPORT", value: "auto|rdma|shm|tcp", default: "auto", unit: "" }
+    /// Let tensors fall back to TCP although there are RDMA devices
+    ALLOW_TCP { flag: "allow-tcp", env: "RAYLESS_ALLOW_TCP", value: "", default: "", unit: "" }
+    /// Keep tensors that leave this host within TLS; rules out RDMA
+    ENCRYPT_TENSORS { flag: "encrypt-tensors", env: "RAYLESS_ENCRYPT_TENSORS", value: "", default: "", unit: "" }
+    /// Let tensors between workers carry checksums
+    VERIFY_LINKS { flag: "verify-links", env: "RAYLESS_VERIFY_LINKS", value: "", default: "", unit: "" }
+    /// Ports on which workers take RDMA connections
+    RDMA_PORTS { flag: "rdma-ports", env: "RAYLESS_RDMA_PORTS", value: "FIRST-LAST", default: "6400-6463", unit: "" }
     /// Free space that /dev/shm must have [default: 16, and 16 more for each GPU found]
     SHM_MIN { flag: "shm-min", env: "RAYLESS_SHM_MIN", value: "MIB", default: "", unit: "MiB" }
     /// What the daemon logs: error, warn, info, debug or trace, also per module

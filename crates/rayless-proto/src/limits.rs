@@ -5,6 +5,9 @@ use std::time::Duration;
 /// The one port: UDP for membership, TCP for steps and tensors.
 pub const DEFAULT_PORT: u16 = 6379;
 
+/// Ports of RDMA connections, of which iWARP needs one per listening worker; `--rdma-ports`.
+pub const RDMA_PORTS: (u16, u16) = (6400, 6463);
+
 /// Bytes of the largest membership message. A 1,000-node status report stays under it.
 pub const MAX_CONTROL_MESSAGE: usize = 4 << 20;
 /// Bytes of the largest message on a node's own Unix sockets (a driver's environment travels there).
@@ -43,6 +46,12 @@ pub const MAX_TOMBSTONES: usize = 4096;
 pub const MAX_LOCAL_CLIENTS: usize = 512;
 /// Unanswered requests of one of them, and answers that wait to be read by it; a client that does not read is dropped.
 pub const MAX_CLIENT_BACKLOG: usize = 64;
+/// Characters of a line of cause that one process tells others of its own making.
+pub const MAX_CAUSE: usize = 1024;
+/// Bytes of the note of what a worker is in.
+pub const MAX_DOING: usize = 64;
+/// Bytes of one rank's stacks.
+pub const MAX_STACK: usize = 64 << 10;
 /// Events that `status` keeps; older ones are in the log.
 pub const MAX_EVENTS: usize = 256;
 
@@ -65,6 +74,10 @@ pub const WAIT_REPORT_PERIOD: Duration = Duration::from_secs(10);
 pub const KEEPER_START_TIMEOUT: Duration = Duration::from_secs(20);
 /// After this long without an answer a node is told again to end its part of a group.
 pub const STOP_REPEAT_PERIOD: Duration = Duration::from_secs(5);
+/// A call without progress for this long is looked into, then again after twice as long; `RAYLESS_STUCK_AFTER`.
+pub const STUCK_AFTER: Duration = Duration::from_secs(10);
+/// A step that takes longer ends its group; `--step-deadline`. Prefill of the longest prompts takes a minute; Ray's and vLLM's own limit is the same.
+pub const STEP_DEADLINE: Duration = Duration::from_secs(300);
 /// A failed group's processes are reaped within this.
 pub const REAP_TIMEOUT: Duration = Duration::from_secs(5);
 /// A GPU whose memory is not back within this is `draining`.

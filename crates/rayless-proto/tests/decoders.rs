@@ -12,6 +12,7 @@ use rayless_proto::{
         control::{FromHead, ToHead},
         heartbeat::Heartbeat,
         keeper::{FromKeeper, KeeperConfig, ToKeeper},
+        link::{LinkAnswer, LinkBoot, LinkOpening, LinkOutcome, LinkReport},
         local::{ClientMessage, DaemonMessage},
         step::{HEADER, Header, KeeperEvent, Launch},
     },
@@ -93,6 +94,11 @@ check!(keeper_to_daemon, FromKeeper, samples::from_keeper());
 check!(keeper_config, KeeperConfig, samples::keeper_configs());
 check!(driver_to_keeper, Launch, samples::launches());
 check!(keeper_to_driver, KeeperEvent, samples::keeper_events());
+check!(keeper_to_worker, LinkBoot, samples::link_boots());
+check!(worker_to_keeper, LinkReport, [samples::link_report()]);
+check!(link_opening, LinkOpening, samples::link_openings());
+check!(link_answer, LinkAnswer, samples::link_answers());
+check!(link_outcome, LinkOutcome, samples::link_outcomes());
 
 proptest! {
     #[test]

@@ -45,12 +45,20 @@ pub(crate) struct Group {
     /// The head was asked to take the resources back.
     told: AtomicBool,
     pids: HashMap<u32, u32>,
+    /// Of the local daemon.
+    step_deadline: Duration,
 }
 
 impl Group {
-    pub(crate) fn new(inner: driver::WorkerGroup, listeners: Arc<Mutex<Listeners>>, run_dir: String) -> Self {
+    pub(crate) fn new(
+        inner: driver::WorkerGroup,
+        listeners: Arc<Mutex<Listeners>>,
+        run_dir: String,
+        step_deadline: Duration,
+    ) -> Self {
         let pids = inner.pids().into_iter().collect();
-        Self { inner, listeners, owner: std::process::id(), run_dir, told: AtomicBool::new(false), pids }
+        let told = AtomicBool::new(false);
+        Self { inner, listeners, owner: std::process::id(), run_dir, told, pids, step_deadline }
     }
 
     /// Returns when the head has taken the group's resources back, so that who stops one group can start the next at
@@ -71,12 +79,18 @@ impl Group {
         payload: &[u8],
         ranks: Option<Vec<u32>>,
         timeout: Option<f64>,
+        deadline: Option<f64>,
     ) -> PyResult<driver::Call> {
         self.ours(py)?;
         let asked = ranks.map_or(Asked::All, Asked::Ranks);
         let payload: Arc<[u8]> = payload.into();
         let timeout = timeout.map(seconds).transpose()?;
-        py.detach(|| self.inner.call(payload, &asked, timeout)).map_err(|error| self.error(py, method, error))
+        let deadline = deadline.map(seconds).transpose()?;
+        py.detach(|| match deadline {
+            Some(deadline) => self.inner.step(payload, &asked, timeout, deadline),
+            None => self.inner.call(payload, &asked, timeout),
+        })
+        .map_err(|error| self.error(py, method, error))
     }
 
     /// What a call that came to nothing raises.
@@ -118,6 +132,12 @@ impl Group {
         &self.run_dir
     }
 
+    /// Seconds that a step may take by the word of this node's daemon; 0 for no limit.
+    #[getter]
+    fn step_deadline(&self) -> f64 {
+        self.step_deadline.as_secs_f64()
+    }
+
     fn ranks<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
         let list = PyList::empty(py);
         for info in self.inner.ranks() {
@@ -141,7 +161,7 @@ impl Group {
     }
 
     /// The way of a step: one crossing into Rust for a whole call.
-    #[pyo3(signature = (method, payload, ranks, timeout, /))]
+    #[pyo3(signature = (method, payload, ranks, timeout, deadline=None, /))]
     fn run<'py>(
         &self,
         py: Python<'py>,
@@ -149,8 +169,9 @@ impl Group {
         payload: &[u8],
         ranks: Option<Vec<u32>>,
         timeout: Option<f64>,
+        deadline: Option<f64>,
     ) -> PyResult<Bound<'py, PyList>> {
-        let call = self.begin(py, method, payload, ranks, timeout)?;
+        let call = self.begin(py, method, payload, ranks, timeout, deadline)?;
         loop {
             match py.detach(|| call.wait_for(SLICE)) {
                 Some(Ok(replies)) => return payloads(py, &replies),
@@ -160,15 +181,16 @@ impl Group {
         }
     }
 
-    #[pyo3(signature = (method, payload, ranks, timeout, /))]
+    #[pyo3(signature = (method, payload, ranks, timeout, deadline=None, /))]
     fn submit(
         slf: &Bound<'_, Self>,
         method: String,
         payload: &[u8],
         ranks: Option<Vec<u32>>,
         timeout: Option<f64>,
+        deadline: Option<f64>,
     ) -> PyResult<Call> {
-        let call = slf.get().begin(slf.py(), &method, payload, ranks, timeout)?;
+        let call = slf.get().begin(slf.py(), &method, payload, ranks, timeout, deadline)?;
         Ok(Call {
             shared: Arc::new(Shared { call, outcome: Mutex::new(None), abandoned: AtomicBool::new(false) }),
             group: slf.clone().unbind(),

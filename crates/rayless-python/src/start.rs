@@ -10,19 +10,20 @@ use rayless_proto::{
     resources::{Quantity, Resources, Strategy},
     v1::step::Launch,
 };
-use rayless_worker::driver::{Callbacks, GroupOptions, LogLine, Progress, StartError, WorkerGroup};
+use rayless_worker::driver::{Callbacks, GroupOptions, LogLine, Progress, StartError, StuckReport, WorkerGroup};
 use std::{
     collections::HashMap,
     io::Write,
     path::PathBuf,
     sync::{Arc, Mutex},
+    time::Duration,
 };
 
 type Environment = Vec<(String, String)>;
 
 /// Places a group, starts its workers and returns when all take calls.
 #[pyfunction]
-#[pyo3(signature = (*, run_dir, name, bundles, strategy, placement_group, wait, versions, program, arguments, directory, env, rank_env, boot, start_timeout, log_to_driver, report))]
+#[pyo3(signature = (*, run_dir, name, bundles, strategy, placement_group, wait, versions, program, arguments, directory, env, rank_env, boot, start_timeout, log_to_driver, stuck_after, report))]
 #[expect(clippy::too_many_arguments, reason = "one keyword each in Python; this is the only caller's view")]
 pub(crate) fn start_group(
     py: Python<'_>,
@@ -41,6 +42,7 @@ pub(crate) fn start_group(
     boot: Vec<u8>,
     start_timeout: f64,
     log_to_driver: bool,
+    stuck_after: f64,
     report: Py<PyAny>,
 ) -> PyResult<Group> {
     let options = GroupOptions {
@@ -59,23 +61,29 @@ pub(crate) fn start_group(
         wait: seconds(wait)?,
         versions,
     };
-    let launch = Launch { program, arguments, directory, env, rank_env: (0..).zip(rank_env).collect(), boot };
+    let launch =
+        Launch { program, arguments, directory, env, rank_env: (0..).zip(rank_env).collect(), boot, links: None };
     let limit = seconds(start_timeout)?;
+    let stuck_after = seconds(stuck_after)?;
     let listeners = Arc::new(Mutex::new(Listeners::Waiting(Vec::new())));
     let told = Arc::clone(&listeners);
     let mut watch = Watch { report, interrupted: None, launched: false, ready: (0, options.bundles.len()) };
 
+    let group_name = options.name.clone();
+    let mut step_deadline = Duration::ZERO;
     let started = py.detach(|| -> Result<WorkerGroup, StartError> {
-        let placed = WorkerGroup::place(options, &mut |news| watch.look(news))?;
+        let placed = WorkerGroup::place(options, &mut |news| watch.look(news))?.with_stuck_after(stuck_after);
+        step_deadline = placed.step_deadline();
         let nodes = placed.ranks().iter().map(|info| (info.rank, info.node_name.clone())).collect();
         let callbacks = Callbacks {
             on_log: log_to_driver.then(|| show(nodes)),
             on_failure: Some(Box::new(move |failure| tell(&told, &failure))),
+            on_stuck: Some(Box::new(move |report| show_stuck(&group_name, &report))),
         };
         placed.launch(launch, limit, callbacks, &mut |news| watch.look(news))
     });
     match (started, watch.interrupted) {
-        (Ok(group), None) => Ok(Group::new(group, listeners, run_dir)),
+        (Ok(group), None) => Ok(Group::new(group, listeners, run_dir, step_deadline)),
         (Ok(group), Some(interrupted)) => {
             py.detach(|| group.stop());
             Err(interrupted)
@@ -135,6 +143,12 @@ impl Watch {
         }
         Ok(())
     }
+}
+
+/// Says on the driver's stderr what the ranks do that make no progress. Without Python: its lock may be what they wait for.
+fn show_stuck(group: &str, report: &StuckReport) {
+    let text: String = report.lines().iter().map(|line| format!("rayless: {group}: {line}\n")).collect();
+    let _ = std::io::stderr().write_all(text.as_bytes());
 }
 
 /// Shows the workers' output on the driver's stderr, a prefix before each line as Ray has it.

@@ -1,6 +1,10 @@
 //! This process as a worker of a group.
 
-use crate::errors;
+use crate::{
+    errors,
+    link::{RecvLink, SendLink},
+    waiting::{duration, interruptible},
+};
 use pyo3::{prelude::*, types::PyBytes};
 use rayless_worker::host::{self, IncomingCall, Next};
 
@@ -54,8 +58,29 @@ impl Worker {
         }
     }
 
+    #[pyo3(signature = (text, /))]
+    fn doing(&self, text: &str) {
+        self.inner.doing(text);
+    }
+
     #[pyo3(signature = (call, raised, payload, /))]
     fn reply(&self, py: Python<'_>, call: u64, raised: bool, payload: &[u8]) -> PyResult<()> {
         py.detach(|| self.inner.reply(call, raised, payload)).map_err(|error| errors::host(py, error))
+    }
+
+    #[pyo3(signature = (to, channel=0, *, timeout))]
+    fn send_link(&self, py: Python<'_>, to: u32, channel: u16, timeout: f64) -> PyResult<SendLink> {
+        let within = duration(timeout)?;
+        interruptible(py, |check| self.inner.links().send_link_unless(to, channel, within, check))?
+            .map(SendLink::new)
+            .map_err(|error| errors::link_unavailable(py, &error))
+    }
+
+    #[pyo3(signature = (from_rank, channel=0, *, timeout))]
+    fn recv_link(&self, py: Python<'_>, from_rank: u32, channel: u16, timeout: f64) -> PyResult<RecvLink> {
+        let within = duration(timeout)?;
+        interruptible(py, |check| self.inner.links().recv_link_unless(from_rank, channel, within, check))?
+            .map(RecvLink::new)
+            .map_err(|error| errors::link_unavailable(py, &error))
     }
 }

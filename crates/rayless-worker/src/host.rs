@@ -1,17 +1,18 @@
 //! The worker's side: what runs inside a worker process.
 //!
-//! The keeper leaves three descriptors, named in `RAYLESS_WORKER_FDS`: the ring, the collector's eventfd, and a control socket on which
-//! the keeper sends the boot bytes and this side says `ready`, each once, framed by a u32 length.
+//! The keeper leaves four descriptors, named in `RAYLESS_WORKER_FDS`: the ring, the collector's eventfd, a control socket on which the keeper
+//! sends the boot bytes and what links need and this side says `ready`, each once, framed by a u32 length, and the socket of its links.
 
 use crate::{
+    links::Links,
     ring::{CallReader, ReplyWriter, Ring, Waited},
-    spin::Spin,
+    spin::{self, Spin},
 };
 use rayless_proto::{
     codec,
     ids::{CallId, Rank},
     limits::{MAX_CALL, MAX_LOCAL_MESSAGE},
-    v1::control::WorkerState,
+    v1::{control::WorkerState, step::LinkMoved},
 };
 use std::{
     collections::HashSet,
@@ -24,7 +25,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Environment variable with the numbers of the three descriptors.
+/// Environment variable with the numbers of the descriptors.
 pub(crate) const FDS_VARIABLE: &str = "RAYLESS_WORKER_FDS";
 
 /// Why a worker cannot go on. Whatever the variant, the process should end with a line of it on stderr.
@@ -80,6 +81,7 @@ pub struct Worker {
     control: Mutex<UnixStream>,
     calls: Mutex<Calls>,
     replies: Mutex<ReplyWriter>,
+    links: Links,
     /// Calls that wait for this rank's answer.
     owed: Mutex<HashSet<CallId>>,
 }
@@ -103,13 +105,20 @@ impl Worker {
         let numbers = std::env::var(FDS_VARIABLE).map_err(|_| missing(FDS_VARIABLE))?;
         let mut fds = numbers.split(',').map(|number| number.parse::<RawFd>().ok().and_then(take_fd));
         let mut next = || fds.next().flatten().ok_or_else(|| missing(FDS_VARIABLE));
-        let (ring, event, control) = (next()?, next()?, UnixStream::from(next()?));
+        let (ring, event) = (next()?, next()?);
+        let (control, links) = (UnixStream::from(next()?), UnixStream::from(next()?));
         let ring = Ring::open(ring.as_fd()).map_err(|error| HostError::NotAWorker(error.to_string()))?;
         let (rank, local_rank) = (number("RAYLESS_RANK")?, number("RAYLESS_LOCAL_RANK")?);
         if local_rank as usize >= ring.readers() {
             return Err(missing("RAYLESS_LOCAL_RANK"));
         }
         let boot = read_frame(&control).map_err(|_| HostError::KeeperGone)?;
+        let link_boot = read_frame(&control).map_err(|_| HostError::KeeperGone)?;
+        let link_boot = if link_boot.is_empty() {
+            None
+        } else {
+            Some(codec::decode(&link_boot).map_err(|error| HostError::NotAWorker(error.to_string()))?)
+        };
         let (ring, index) = (Arc::new(ring), local_rank as usize);
         Ok(Self {
             rank,
@@ -122,9 +131,10 @@ impl Worker {
                 reader: CallReader::new(Arc::clone(&ring), index),
                 last: 0,
                 busy: false,
-                spin: Spin::among(ring.readers() + 1),
+                spin: spin::among(ring.readers() + 1),
             }),
             replies: Mutex::new(ReplyWriter::new(Arc::clone(&ring), index)),
+            links: Links::new(rank, Arc::clone(&ring), links, link_boot),
             ring,
             owed: Mutex::new(HashSet::new()),
         })
@@ -148,6 +158,11 @@ impl Worker {
     /// `Launch::boot` as the driver gave it.
     pub fn boot(&self) -> &[u8] {
         &self.boot
+    }
+
+    /// Its links to other ranks.
+    pub const fn links(&self) -> &Links {
+        &self.links
     }
 
     /// Tells keeper and driver that this rank takes calls, with its `python`, `rayless`, `vllm`, … versions. Once, before the first call.
@@ -218,6 +233,17 @@ impl Worker {
         } else {
             Err(HostError::KeeperGone)
         }
+    }
+
+    /// Notes what this worker is in, for the line that is printed when nothing moves: the name of a method, or how far it is
+    /// (`loading 3/61 shards`). Each call of this counts as progress. Cut to 64 bytes; costs about as much as a look at the clock.
+    pub fn doing(&self, text: &str) {
+        self.ring.set_doing(self.local_rank as usize, text);
+    }
+
+    /// Notes that one of this worker's links has begun a message; counts as progress.
+    pub fn link_moved(&self, peer: Rank, channel: u16, receiving: bool, sequence: u64) {
+        self.ring.set_link_moved(self.local_rank as usize, LinkMoved { peer, channel, receiving, sequence });
     }
 
     fn note(&self, state: WorkerState, call: CallId) {

@@ -21,6 +21,7 @@ pub mod driver;
 mod event;
 pub mod host;
 pub mod keeper;
+pub mod links;
 mod retries;
 pub mod ring;
 mod session;

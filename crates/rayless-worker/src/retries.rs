@@ -5,7 +5,10 @@
 //! trying again five times a second costs nothing.
 
 use rustix::net::sockopt;
-use std::{io, net::TcpStream, os::fd::AsRawFd};
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd},
+};
 
 /// From `linux/tcp.h`; Linux 6.15 and later.
 const TCP_RTO_MAX_MS: libc::c_int = 44;
@@ -16,12 +19,13 @@ const LONGEST_WAIT_MS: libc::c_int = 1000;
 ///
 /// # Errors
 /// Not a TCP socket, or one that is gone.
-pub(crate) fn keep_short(socket: &TcpStream) -> io::Result<()> {
+pub(crate) fn keep_short(socket: impl AsFd) -> io::Result<()> {
+    let socket = socket.as_fd();
     // As long as few packets are under way, the first six retries come at the same short distance (any kernel of today).
     sockopt::set_tcp_thin_linear_timeouts(socket, true)?;
     // Later ones too, where the kernel knows how; it is no fault where it does not.
     let value = LONGEST_WAIT_MS;
-    // SAFETY: the descriptor is open for as long as `socket` is borrowed, and the option reads one int of that size.
+    // SAFETY: the descriptor is open for as long as it is borrowed, and the option reads one int of that size.
     unsafe {
         libc::setsockopt(
             socket.as_raw_fd(),
@@ -41,7 +45,7 @@ mod tests {
     #[test]
     fn the_kernel_takes_it() {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let socket = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         keep_short(&socket).unwrap();
         assert!(sockopt::tcp_thin_linear_timeouts(&socket).unwrap());
     }

@@ -283,6 +283,7 @@ impl Session {
             Kind::Call | Kind::Reply => MAX_FRAGMENT + 4 * MAX_WORLD_SIZE,
             Kind::Launch => MAX_LOCAL_MESSAGE,
             Kind::Event | Kind::Stop | Kind::Log => MAX_SMALL,
+            Kind::Look => 64,
             Kind::Ping => 0,
         };
         let length = header.length as usize;

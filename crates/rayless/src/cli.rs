@@ -1,11 +1,23 @@
 //! The command line: every argument that is a knob is built from its one declaration in `rayless_node::knobs`.
 
-use clap::{Arg, ArgAction, ArgMatches, Command, builder::ValueParser, value_parser};
+use clap::{
+    Arg, ArgAction, ArgMatches, Command,
+    builder::{BoolishValueParser, ValueParser},
+    parser::ValueSource,
+    value_parser,
+};
 use rayless_node::{
+    daemon::LinkWishes,
     inventory::Wishes,
     knobs::{self, Knob},
 };
-use rayless_proto::{ids::Rank, limits::MAX_NAME, resources::Quantity};
+use rayless_proto::{
+    ids::Rank,
+    limits::{MAX_NAME, RDMA_PORTS},
+    resources::Quantity,
+    v1::link::{LinkPolicy, LinkTransport},
+};
+use rayless_worker::links;
 use std::{path::PathBuf, time::Duration};
 
 /// What was asked for.
@@ -38,7 +50,9 @@ pub(crate) struct NodeOptions {
     pub(crate) token_file: Option<PathBuf>,
     pub(crate) wishes: Wishes,
     pub(crate) dead_after: Option<Duration>,
+    pub(crate) step_deadline: Duration,
     pub(crate) host_id: Option<String>,
+    pub(crate) links: LinkWishes,
     pub(crate) background: bool,
     /// Started by `--daemon`: token on stdin, readiness on stdout.
     pub(crate) child: bool,
@@ -123,9 +137,28 @@ fn node_options(found: &ArgMatches) -> NodeOptions {
         },
         // `head` has a default here; `join` takes the cluster's unless told otherwise.
         dead_after: found.get_one::<Duration>(knobs::DEAD_AFTER.flag).copied(),
+        step_deadline: found
+            .get_one::<Duration>(knobs::STEP_DEADLINE.flag)
+            .copied()
+            .unwrap_or(rayless_proto::limits::STEP_DEADLINE),
         host_id: text(found, knobs::HOST_ID.flag),
+        links: link_wishes(found),
         background: found.get_flag("daemon"),
         child: found.get_flag("daemon-child"),
+    }
+}
+
+fn link_wishes(found: &ArgMatches) -> LinkWishes {
+    let given = |knob: &Knob| found.get_one::<bool>(knob.flag).copied().unwrap_or_default();
+    let said = found.value_source(knobs::ALLOW_TCP.flag).is_some_and(|source| source != ValueSource::DefaultValue);
+    LinkWishes {
+        policy: LinkPolicy {
+            only: found.get_one::<Option<LinkTransport>>(knobs::TRANSPORT.flag).copied().flatten(),
+            allow_tcp: said.then(|| given(&knobs::ALLOW_TCP)),
+            encrypt: given(&knobs::ENCRYPT_TENSORS),
+            verify: given(&knobs::VERIFY_LINKS),
+        },
+        rdma_ports: found.get_one::<(u16, u16)>(knobs::RDMA_PORTS.flag).copied().unwrap_or(RDMA_PORTS),
     }
 }
 
@@ -218,8 +251,14 @@ fn node_command(name: &'static str, about: &'static str) -> Command {
         .arg(arg(&knobs::GPUS, ValueParser::new(gpus)))
         .arg(arg(&knobs::CPUS, ValueParser::new(quantity)))
         .arg(arg(&knobs::RESOURCE, ValueParser::new(resource)).action(ArgAction::Append).value_delimiter(','))
+        .arg(arg(&knobs::STEP_DEADLINE, ValueParser::new(seconds)))
         .arg(arg(&knobs::HOST_ID, ValueParser::new(named)))
         .arg(arg(&knobs::SHM_MIN, value_parser!(u64)))
+        .arg(arg(&knobs::TRANSPORT, ValueParser::new(transport)))
+        .arg(knob_switch(&knobs::ALLOW_TCP))
+        .arg(knob_switch(&knobs::ENCRYPT_TENSORS))
+        .arg(knob_switch(&knobs::VERIFY_LINKS))
+        .arg(arg(&knobs::RDMA_PORTS, ValueParser::new(ports)))
         .arg(
             Arg::new("daemon")
                 .long("daemon")
@@ -240,6 +279,23 @@ fn arg(knob: &Knob, parser: impl clap::builder::IntoResettable<ValueParser>) -> 
         .value_parser(parser)
         .help(format!("{}{unit}", knob.doc));
     if knob.default.is_empty() { arg } else { arg.default_value(knob.default) }
+}
+
+/// A switch from its knob; its variable takes 1, 0, true, false, yes, no, on, off.
+fn knob_switch(knob: &Knob) -> Arg {
+    arg(knob, BoolishValueParser::new()).value_name(None::<&str>).action(ArgAction::SetTrue)
+}
+
+fn transport(text: &str) -> Result<Option<LinkTransport>, String> {
+    links::transport(text).ok_or_else(|| "not one of auto, rdma, shm, tcp".to_owned())
+}
+
+fn ports(text: &str) -> Result<(u16, u16), String> {
+    let wrong = || "not of the form FIRST-LAST, with ports from 1 to 65535".to_owned();
+    let (first, last) = text.split_once('-').ok_or_else(wrong)?;
+    let port = |text: &str| text.trim().parse::<u16>().ok().filter(|port| *port > 0).ok_or_else(wrong);
+    let (first, last) = (port(first)?, port(last)?);
+    if first <= last { Ok((first, last)) } else { Err("the first port is above the last".to_owned()) }
 }
 
 fn named(text: &str) -> Result<String, String> {
@@ -298,6 +354,17 @@ mod tests {
         assert!(resource("nvme=2").is_ok() && resource("nvme").is_err() && resource("=1").is_err());
         assert!(seconds("-1").is_err() && seconds("nan").is_err() && seconds("0").is_ok());
         assert!(dead_after("0.5").is_err() && dead_after("3").is_ok());
+        assert!(
+            ports("6400-6463") == Ok((6400, 6463))
+                && ports("1-0").is_err()
+                && ports("0-9").is_err()
+                && ports("7").is_err()
+        );
+        assert!(
+            transport("shm") == Ok(Some(LinkTransport::Shm))
+                && transport("auto") == Ok(None)
+                && transport("ib").is_err()
+        );
         assert!(gpus("1025").is_err() && gpus("-1").is_err() && gpus("8").is_ok());
     }
 }

@@ -129,7 +129,9 @@ fn config(
         name,
         wishes: options.wishes,
         dead_after: options.dead_after,
+        step_deadline: options.step_deadline,
         host_id: options.host_id,
+        links: options.links,
         exe,
     })
 }

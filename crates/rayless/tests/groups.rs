@@ -53,6 +53,7 @@ fn launch() -> Launch {
         env: vec![("PATH".to_owned(), env::var("PATH").unwrap_or_default())],
         rank_env: Vec::new(),
         boot: Vec::new(),
+        links: None,
     }
 }
 

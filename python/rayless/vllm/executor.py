@@ -7,6 +7,7 @@ which rank answers (the first of the last pipeline stage), what is aggregated, a
 from __future__ import annotations
 
 import concurrent.futures
+import os
 import pickle
 import threading
 import weakref
@@ -34,6 +35,9 @@ logger = init_logger("vllm.rayless")
 
 #: Seconds that workers get to let go of devices and process groups before they are killed.
 GRACE_SECONDS = 5.0
+#: What an engine does again and again, each time in seconds at most: these have a deadline. Loading, profiling and compiling
+#: do not: nobody knows how long they may take.
+STEPS = frozenset({"execute_model", "sample_tokens", "execute_dummy_batch", "take_draft_token_ids"})
 #: Seconds that ``check_health`` waits for every rank, as under vLLM's own executor.
 HEALTH_SECONDS = 10.0
 
@@ -67,6 +71,8 @@ class RaylessExecutor(Executor):
             strategy=strategy,
             kwargs={"config": _pickled_config(self.vllm_config), "on_cpu": on_cpu},
             name=_group_name(self.vllm_config),
+            steps=("step",),
+            step_deadline=_step_deadline(),
         )
         self._finalizer = weakref.finalize(self, self._group.stop)
         try:
@@ -111,7 +117,7 @@ class RaylessExecutor(Executor):
         reply_rank = None if aggregators else unique_reply_rank
         name = method if isinstance(method, str) else cloudpickle.dumps(method)
         inner = self._group.call_async(
-            "run",
+            "step" if isinstance(method, str) and method in STEPS else "run",
             _pickled((name, args, kwargs or {}, reply_rank)),
             ranks=None if reply_rank is None else [reply_rank],
             timeout=timeout,
@@ -149,7 +155,6 @@ class RaylessExecutor(Executor):
             args=args,
             unique_reply_rank=self._output_rank,
             non_block=non_block,
-            timeout=envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS,
             kv_output_aggregator=getattr(self, "kv_output_aggregator", None),
             ec_output_aggregator=getattr(self, "ec_output_aggregator", None),
         )
@@ -159,7 +164,6 @@ class RaylessExecutor(Executor):
         self.collective_rpc(
             "execute_dummy_batch",
             unique_reply_rank=self._output_rank,
-            timeout=envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS,
         )
 
     def take_draft_token_ids(self) -> DraftTokenIds | None:
@@ -167,7 +171,6 @@ class RaylessExecutor(Executor):
         drafts: DraftTokenIds | None = self.collective_rpc(
             "take_draft_token_ids",
             unique_reply_rank=self._output_rank,
-            timeout=envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS,
         )
         return drafts
 
@@ -316,6 +319,13 @@ def _resources(on_cpu: bool, stages: int) -> tuple[dict[str, float], str]:
 # --- checks ---
 
 
+def _step_deadline() -> float | None:
+    """RAYLESS_STEP_DEADLINE, else what vLLM was told, else the node's."""
+    if "RAYLESS_STEP_DEADLINE" in os.environ or "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS" not in os.environ:
+        return None
+    return float(envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS)
+
+
 def _refuse_unsupported(config: VllmConfig) -> None:
     multimodal = getattr(config.model_config, "multimodal_config", None)
     if getattr(multimodal, "mm_processor_cache_type", None) == "shm":
@@ -333,7 +343,5 @@ def _group_name(config: VllmConfig) -> str:
 
 def _model_folder(config: VllmConfig) -> str | None:
     """The model as a folder that every node must have; None when it is the name of a repository."""
-    import os
-
     model = config.model_config.model
     return os.path.abspath(model) if os.path.isdir(model) else None

@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rayless._worker import doing
 from rayless.vllm import environment
 from rayless.vllm.placement import Plan
 from rayless.vllm.preflight import Found, find
@@ -123,6 +124,7 @@ class Worker:
     def run(self, request: bytes) -> Any:
         """Runs one request of the engine: a method of vLLM's worker, or a function that gets the worker."""
         method, args, kwargs, reply_rank = pickle.loads(request)
+        doing(method if isinstance(method, str) else "a function of the engine")
         target = getattr(self._worker, method) if isinstance(method, str) else _bind(method, self._worker)
         output = target(*args, **kwargs)
         if reply_rank is not None and reply_rank != self._plan["rank"]:
@@ -133,6 +135,9 @@ class Worker:
             # The next step must start while this one's tokens are still on their way from the device.
             return Deferred(lambda: self._finish(output))
         return output
+
+    #: The same, for what has a deadline: the driver tells by the name.
+    step = run
 
     def shutdown(self) -> None:
         """Lets go of devices and process groups, as vLLM's own launcher does at a regular end."""

@@ -10,7 +10,7 @@ use super::{
 };
 use rayless_proto::{
     ids::{GroupId, NodeId, PlacementGroupId, Rank},
-    limits::{KEEPER_START_TIMEOUT, MAX_ENDED_GROUPS, REAP_TIMEOUT, STOP_REPEAT_PERIOD},
+    limits::{KEEPER_START_TIMEOUT, MAX_CAUSE, MAX_ENDED_GROUPS, REAP_TIMEOUT, STOP_REPEAT_PERIOD},
     resources::Allocation,
     v1::control::{GroupSpec, PlacedNode, Placement, RankAllocation, Refusal, RefusalKind, ToNode, WorkerState},
 };
@@ -207,6 +207,16 @@ impl Head {
         part.pids[at] = pid;
         part.states[at] = state;
         self.check_running(id, now);
+    }
+
+    /// Ranks that make no progress: told, not judged. The driver ends the group when its patience does.
+    pub(super) fn on_ranks_stuck(&mut self, node: NodeId, id: GroupId, line: &str, now: Instant) {
+        let Some(group) = self.groups.get(&id).filter(|g| g.phase.is_live() && g.parts.contains_key(&node)) else {
+            return;
+        };
+        let line: String = line.chars().take(MAX_CAUSE).collect();
+        let line = format!("group {} on {}: {line}", group.title(id), self.node_name(node));
+        self.note("ranks-stuck", line, now);
     }
 
     pub(super) fn check_running(&mut self, id: GroupId, now: Instant) {

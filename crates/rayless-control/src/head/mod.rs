@@ -213,6 +213,7 @@ impl Head {
                 self.on_worker_changed(from, group, rank, pid, state, now);
             }
             ToHead::GroupEnded { group, cause } => self.on_group_ended(from, group, &cause, now),
+            ToHead::RanksStuck { group, line } => self.on_ranks_stuck(from, group, &line, now),
             ToHead::GpuDraining { gpus } => self.on_gpu_draining(from, &gpus),
             ToHead::Update { info } => self.on_update(from, info, now),
         }

@@ -5,6 +5,7 @@ use super::{
     bell::ring,
     check_alive,
     memory::{Memory, RING},
+    watch::{Watched, watch},
 };
 use crate::{
     error::TransportError,
@@ -12,6 +13,7 @@ use crate::{
     transport::{Counters, Inbound, Level},
     wait::Wake,
 };
+use rustix::io::Errno;
 use std::{
     os::unix::net::UnixStream,
     sync::{Arc, atomic::Ordering},
@@ -24,7 +26,7 @@ const PIECE: u64 = 256 << 10;
 pub(super) struct ShmInbound {
     memory: Arc<Memory>,
     poke: Arc<Poke>,
-    socket: Option<UnixStream>,
+    socket: Option<Watched>,
     /// Our own counter, as last published.
     head: u64,
     /// The sender's, as last seen.
@@ -33,9 +35,10 @@ pub(super) struct ShmInbound {
 }
 
 impl ShmInbound {
-    pub(super) fn new(memory: Arc<Memory>, socket: UnixStream) -> Self {
+    pub(super) fn new(memory: Arc<Memory>, socket: UnixStream) -> Result<Self, Errno> {
         let poke = Arc::new(Poke::new(Arc::clone(&memory), |words| &words.data.0));
-        Self { memory, poke, socket: Some(socket), head: 0, tail: 0, sleeps: 0 }
+        let socket = Some(watch(socket, &poke)?);
+        Ok(Self { memory, poke, socket, head: 0, tail: 0, sleeps: 0 })
     }
 
     /// Bytes that have come; looks at the sender's counter only when the last look does not suffice.
@@ -105,7 +108,7 @@ impl Inbound for ShmInbound {
         // The order matters: once the sender is seen to be gone, its last bytes are there to be seen too.
         let gone = match &self.socket {
             _ if closed() => Err(TransportError::gone("the sender closed its end without a goodbye")),
-            Some(socket) => check_alive(socket, "sender"),
+            Some(socket) => check_alive(socket.socket(), "sender"),
             None => Ok(()),
         };
         if moved() { Ok(()) } else { gone }

@@ -9,6 +9,7 @@ pub mod bell;
 mod inbound;
 mod memory;
 mod outbound;
+mod watch;
 
 use crate::{
     config::LinkConfig,
@@ -58,6 +59,7 @@ pub fn connect(
         return Err(context.refused("the peer did not prove that it maps the memory that was passed to it".to_owned()));
     }
     let outbound = outbound::ShmOutbound::new(Arc::new(memory), stream);
+    let outbound = outbound.map_err(|e| context.failed("watching the peer", e))?;
     Ok(SendLink::new(name, Box::new(outbound), limits, config))
 }
 
@@ -81,6 +83,7 @@ pub(crate) fn accept(
     nonce.iter().zip(proof).for_each(|(from, to)| to.store(from.load(Ordering::Relaxed), Ordering::Release));
     context.write_all(&stream, &Answer::welcome(config).encode())?;
     let inbound = inbound::ShmInbound::new(Arc::new(memory), stream);
+    let inbound = inbound.map_err(|e| context.failed("watching the peer", e))?;
     Ok(RecvLink::new(context.link, Box::new(inbound), config))
 }
 
@@ -164,5 +167,42 @@ impl Wake for Poke {
     fn wake(&self) {
         self.poked.store(true, Ordering::Release);
         ring((self.bell)(self.memory.words()));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::transport::{Inbound, Outbound};
+
+    /// No event that could end a sleep is missing: this long is for ever.
+    const FOR_EVER: Duration = Duration::from_secs(3600);
+
+    #[test]
+    fn the_end_of_a_peers_process_ends_the_longest_sleep() {
+        let (memory, _fd) = Memory::create().unwrap();
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let mut inbound = inbound::ShmInbound::new(Arc::new(memory), ours).unwrap();
+        let killed = std::thread::spawn(move || drop(theirs));
+        assert_eq!(inbound.wait(FOR_EVER).unwrap_err().cause, "the sender's process ended");
+        killed.join().unwrap();
+
+        let (memory, _fd) = Memory::create().unwrap();
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let mut outbound = outbound::ShmOutbound::new(Arc::new(memory), ours).unwrap();
+        let killed = std::thread::spawn(move || drop(theirs));
+        assert_eq!(outbound.wait(FOR_EVER).unwrap_err().cause, "the receiver's process ended");
+        killed.join().unwrap();
+    }
+
+    #[test]
+    fn a_wake_ends_the_longest_sleep() {
+        let (memory, _fd) = Memory::create().unwrap();
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let mut inbound = inbound::ShmInbound::new(Arc::new(memory), ours).unwrap();
+        let waker = inbound.waker();
+        let waking = std::thread::spawn(move || waker.wake());
+        inbound.wait(FOR_EVER).unwrap();
+        waking.join().unwrap();
     }
 }

@@ -5,6 +5,7 @@ use super::{
     bell::ring,
     check_alive,
     memory::{Memory, RING},
+    watch::{Watched, watch},
 };
 use crate::{
     error::TransportError,
@@ -12,6 +13,7 @@ use crate::{
     transport::{Counters, Cursor, Level, Outbound},
     wait::Wake,
 };
+use rustix::io::Errno;
 use std::{
     os::unix::net::UnixStream,
     sync::{Arc, atomic::Ordering},
@@ -24,7 +26,7 @@ const PIECE: u64 = 256 << 10;
 pub(super) struct ShmOutbound {
     memory: Arc<Memory>,
     poke: Arc<Poke>,
-    socket: Option<UnixStream>,
+    socket: Option<Watched>,
     /// Our own counter, as last published.
     tail: u64,
     /// The receiver's, as last seen.
@@ -33,9 +35,10 @@ pub(super) struct ShmOutbound {
 }
 
 impl ShmOutbound {
-    pub(super) fn new(memory: Arc<Memory>, socket: UnixStream) -> Self {
+    pub(super) fn new(memory: Arc<Memory>, socket: UnixStream) -> Result<Self, Errno> {
         let poke = Arc::new(Poke::new(Arc::clone(&memory), |words| &words.room.0));
-        Self { memory, poke, socket: Some(socket), tail: 0, head: 0, sleeps: 0 }
+        let socket = Some(watch(socket, &poke)?);
+        Ok(Self { memory, poke, socket, tail: 0, head: 0, sleeps: 0 })
     }
 
     /// Bytes that may be written now; looks at the receiver's counter only when the last look does not suffice.
@@ -109,7 +112,7 @@ impl Outbound for ShmOutbound {
             || words.head.0.load(Ordering::Acquire) != seen || words.receiver_closed.0.load(Ordering::Acquire) != 0;
         self.poke.sleep_unless(at_most, moved);
         match &self.socket {
-            Some(socket) if !moved() => check_alive(socket, "receiver"),
+            Some(socket) if !moved() => check_alive(socket.socket(), "receiver"),
             _ => self.check_receiver(),
         }
     }

@@ -6,7 +6,7 @@ use crate::{
     greeting::MAX_STREAMS,
     scatter::ScatterMut,
     transport::{Counters, Inbound, Level},
-    wait::{SLICE, Wake},
+    wait::Wake,
     wake::{EventWake, is_ready, poll_for},
 };
 use rustix::{
@@ -14,16 +14,22 @@ use rustix::{
     fd::{AsFd, BorrowedFd, OwnedFd},
     io::Errno,
     net::{
-        RecvFlags, SendFlags,
+        RecvAncillaryBuffer, RecvFlags, SendFlags,
         sockopt::{Timeout, set_socket_timeout},
     },
 };
-use std::{sync::Arc, time::Duration};
+use std::{io::IoSliceMut, sync::Arc, time::Duration};
 
 /// Bytes read ahead on the first stream: a small message comes in with one call, header and all.
 const STAGE: usize = 64 << 10;
-/// A rest of a payload of at least this many bytes is read straight into its tensor.
-const DIRECT: usize = 32 << 10;
+/// A rest of a payload of at least this many bytes is read straight into its tensors. (A second system call costs
+/// more than copying less.)
+const DIRECT: u64 = 32 << 10;
+/// The first sleep of a wait is the read itself, for so long (in the clock's ticks): one system call less than
+/// polling and reading, where the next message comes soon. Only a wake from another thread is noticed late by it.
+const READ_SLEEP: Duration = Duration::from_millis(2);
+/// Slices filled by one system call.
+const SLICES: usize = 16;
 
 pub(super) struct TcpInbound {
     streams: Vec<OwnedFd>,
@@ -34,17 +40,20 @@ pub(super) struct TcpInbound {
     moved: [u64; MAX_STREAMS],
     /// Streams that had nothing at the last look, and from which more is due.
     dry: [bool; MAX_STREAMS],
+    /// Bytes have come since the last sleep.
+    may_sleep_in_read: bool,
     wake: Arc<EventWake>,
     sleeps: u64,
 }
 
 impl TcpInbound {
     pub(super) fn new(streams: Vec<OwnedFd>) -> Result<Self, Errno> {
-        set_socket_timeout(&streams[0], Timeout::Recv, Some(SLICE))?;
+        set_socket_timeout(&streams[0], Timeout::Recv, Some(READ_SLEEP))?;
         Ok(Self {
             streams,
             stage: vec![0; STAGE].into_boxed_slice(),
             staged: 0..0,
+            may_sleep_in_read: true,
             moved: [0; MAX_STREAMS],
             dry: [false; MAX_STREAMS],
             wake: Arc::new(EventWake::new()?),
@@ -54,21 +63,23 @@ impl TcpInbound {
 
     /// Fills the stage anew. False: nothing has come.
     fn fill_stage(&mut self) -> Result<bool, TransportError> {
-        let Some(n) = receive(self.streams[0].as_fd(), &mut self.stage)? else {
+        let Some(n) = receive(self.streams[0].as_fd(), &mut [IoSliceMut::new(&mut self.stage)])? else {
             self.dry[0] = true;
             return Ok(false);
         };
         self.staged = 0..n;
+        self.may_sleep_in_read = true;
         Ok(true)
     }
 
-    /// Sleeps in the read that the next call would make anyhow; the socket's timeout is the slice.
-    fn sleep_in_read(&mut self) -> Result<(), TransportError> {
+    /// Sleeps in the read that the next call would make anyhow.
+    fn sleep_in_read(&mut self) {
+        self.may_sleep_in_read = false;
         // The end, and an error, are found again by the next read.
         if let Ok((n, _)) = rustix::net::recv(&self.streams[0], &mut *self.stage, RecvFlags::empty()) {
             self.staged = 0..n;
+            self.may_sleep_in_read = true;
         }
-        Ok(())
     }
 
     /// Takes staged bytes.
@@ -85,11 +96,10 @@ impl TcpInbound {
         if len == 0 {
             return Ok(false);
         }
-        let before = self.moved[lane];
-        if lane == 0 && self.staged.is_empty() && len < DIRECT as u64 && !self.fill_stage()? {
+        if lane == 0 && self.staged.is_empty() && len < DIRECT && !self.fill_stage()? {
             return Ok(false);
         }
-        let mut error = None;
+        let before = self.moved[lane];
         if lane == 0 && !self.staged.is_empty() {
             body.walk(offset, len, |slice| {
                 let took = self.take(slice);
@@ -97,34 +107,24 @@ impl TcpInbound {
                 took == slice.len()
             });
         } else {
-            body.walk(offset, len, |slice| match receive(self.streams[lane].as_fd(), slice) {
-                Ok(Some(n)) => {
-                    self.moved[lane] += n as u64;
-                    n == slice.len()
-                }
-                Ok(None) => {
-                    self.dry[lane] = true;
-                    false
-                }
-                Err(e) => {
-                    error = Some(e);
-                    false
-                }
-            });
+            let mut slices: [IoSliceMut<'_>; SLICES] = std::array::from_fn(|_| IoSliceMut::new(&mut []));
+            let used = body.list(offset, len, &mut slices);
+            match receive(self.streams[lane].as_fd(), &mut slices[..used])? {
+                Some(n) => self.moved[lane] += n as u64,
+                None => self.dry[lane] = true,
+            }
         }
-        match error {
-            Some(error) => Err(error),
-            None => Ok(self.moved[lane] > before),
-        }
+        Ok(self.moved[lane] > before)
     }
 }
 
 /// Reads what has come. `None`: nothing.
-fn receive(stream: BorrowedFd<'_>, out: &mut [u8]) -> Result<Option<usize>, TransportError> {
+fn receive(stream: BorrowedFd<'_>, out: &mut [IoSliceMut<'_>]) -> Result<Option<usize>, TransportError> {
     loop {
-        match rustix::net::recv(stream, &mut *out, RecvFlags::DONTWAIT) {
-            Ok((0, _)) => return Err(TransportError::gone("the sender's connection ended without a goodbye")),
-            Ok((n, _)) => return Ok(Some(n)),
+        let got = rustix::net::recvmsg(stream, out, &mut RecvAncillaryBuffer::default(), RecvFlags::DONTWAIT);
+        match got.map(|message| message.bytes) {
+            Ok(0) => return Err(TransportError::gone("the sender's connection ended without a goodbye")),
+            Ok(n) => return Ok(Some(n)),
             Err(Errno::AGAIN) => return Ok(None),
             Err(Errno::INTR) => {}
             Err(errno) if is_gone(errno) => {
@@ -178,10 +178,10 @@ impl Inbound for TcpInbound {
 
     fn wait(&mut self, at_most: Duration) -> Result<(), TransportError> {
         self.sleeps += 1;
-        if at_most == SLICE && self.staged.is_empty() && self.dry[0] && !self.dry[1..].contains(&true) {
-            // The common case, a small message: the sleep is the read. A wake from another thread is then
-            // noticed at the end of the slice, which is all that cancelling needs.
-            return self.sleep_in_read();
+        let only_first = self.dry[0] && !self.dry[1..].contains(&true);
+        if self.may_sleep_in_read && only_first && self.staged.is_empty() && at_most > READ_SLEEP {
+            self.sleep_in_read();
+            return Ok(());
         }
         let wake = PollFd::from_borrowed_fd(self.wake.fd(), PollFlags::IN);
         let mut fds: [PollFd<'_>; MAX_STREAMS + 1] = std::array::from_fn(|_| wake.clone());
@@ -213,5 +213,26 @@ impl Inbound for TcpInbound {
 
     fn counters(&self) -> Counters {
         Counters { sleeps: self.sleeps, ..Counters::default() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::{TcpListener, TcpStream};
+
+    #[test]
+    fn a_wake_ends_the_longest_sleep() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let _sender = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let mut inbound = TcpInbound::new(vec![listener.accept().unwrap().0.into()]).unwrap();
+        assert!(!inbound.read_head(&mut [0; 64], &mut 0).unwrap());
+        let waker = inbound.waker();
+        let waking = std::thread::spawn(move || waker.wake());
+        // The first sleep is in the read and ends by itself; the second has the waker among what it waits for.
+        inbound.wait(Duration::from_secs(3600)).unwrap();
+        inbound.wait(Duration::from_secs(3600)).unwrap();
+        waking.join().unwrap();
+        assert_eq!(inbound.counters().sleeps, 2);
     }
 }

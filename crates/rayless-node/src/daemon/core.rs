@@ -4,7 +4,7 @@
 //! what came of it into the queue. So everything here is plain code on plain maps, in one order of events.
 
 use super::{
-    DaemonError, Ready, Talk,
+    DaemonError, LinkWishes, Ready, Talk,
     asked::{Client, Pending},
     event::{ClientId, Event, Events},
     keepers::Keeper,
@@ -43,11 +43,15 @@ pub(crate) struct Core {
     pub(crate) exe: PathBuf,
     pub(crate) identity: ClusterIdentity,
     pub(crate) info: NodeInfo,
+    /// What this node wants of links; each keeper gets it.
+    pub(crate) links: LinkWishes,
     /// Whether GPUs come from NVML, so that their memory can be watched.
     pub(crate) gpus_measured: bool,
     pub(crate) dead_after: Duration,
     /// `--dead-after` of this node: how long *it* bears silence, whatever the cluster's value.
     pub(crate) own_dead_after: Option<Duration>,
+    /// `--step-deadline`.
+    pub(crate) step_deadline: Duration,
     /// The head as the user named it; empty on the head.
     pub(crate) head_address: String,
     /// IP address of the head as this node dials it.

@@ -76,6 +76,8 @@ impl Core {
             leaf,
             dead_after_ms: u64::try_from(self.dead_after.as_millis()).unwrap_or(u64::MAX),
             driver_wait_ms: u64::try_from(DRIVER_WAIT.as_millis()).unwrap_or(u64::MAX),
+            link_policy: self.links.policy.clone(),
+            rdma_ports: self.links.rdma_ports,
         };
         let keeper = Keeper::starting(keepers::held_before_start(group, name, world_size, driver_node, ranks));
         // A GPU that another group shares is not back to anything after this one.
@@ -135,6 +137,10 @@ impl Core {
                     self.tell_head(ToHead::WorkerChanged { group, rank, pid, state });
                 }
             }
+            FromKeeper::Stuck { line } => self.tell_head(ToHead::RanksStuck { group, line }),
+            // This daemon does not ask.
+            FromKeeper::Looked { .. } => {}
+            FromKeeper::Link(_) => {}
             FromKeeper::Ended { cause } => keeper.ended = Some(cause),
         }
     }

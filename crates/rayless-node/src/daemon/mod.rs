@@ -35,7 +35,10 @@ use rayless_net::{
 use rayless_proto::{
     ids::{ClusterId, Incarnation},
     limits::{DEAD_AFTER, DEFAULT_PORT, WAIT_REPORT_PERIOD},
-    v1::control::{NodeInfo, Refusal, RefusalKind},
+    v1::{
+        control::{NodeInfo, Refusal, RefusalKind},
+        link::LinkPolicy,
+    },
 };
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -72,10 +75,23 @@ pub struct DaemonConfig {
     /// `--dead-after`. The head's is the cluster's: it judges nodes by it. A node's own says how long it bears silence of the head, and its
     /// keepers that of their drivers.
     pub dead_after: Option<Duration>,
+    /// `--step-deadline`, for the drivers of this node; zero for none.
+    pub step_deadline: Duration,
     /// `--host-id`
     pub host_id: Option<String>,
+    /// `--transport`, `--allow-tcp`, …
+    pub links: LinkWishes,
     /// Program to start keepers with.
     pub exe: PathBuf,
+}
+
+/// What the user of a node wants of the links of its workers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LinkWishes {
+    /// `--transport`, `--allow-tcp`, `--encrypt-tensors`, `--verify-links`
+    pub policy: LinkPolicy,
+    /// `--rdma-ports`: first and last.
+    pub rdma_ports: (u16, u16),
 }
 
 /// What a daemon is in its cluster.
@@ -225,9 +241,11 @@ async fn start(config: DaemonConfig, lock: RunDirLock, talk: &mut dyn FnMut(Talk
         gpus_measured: gpu::has_driver() && !inventory.gpus.is_empty(),
         dead_after,
         own_dead_after: config.dead_after,
+        step_deadline: config.step_deadline,
         head_address: head_text,
         head_ip: head_address.map_or_else(|| info.address.clone(), |address| address.ip().to_string()),
         info,
+        links: config.links,
         wire,
         events,
         member,

@@ -231,6 +231,7 @@ impl Core {
             joined: self.member.is_welcomed(),
             waiting_for: self.member.waiting_for().unwrap_or_default(),
             dead_after_ms: u64::try_from(self.dead_after.as_millis()).unwrap_or(u64::MAX),
+            step_deadline_ms: u64::try_from(self.step_deadline.as_millis()).unwrap_or(u64::MAX),
             host_id: self.info.host_id.clone(),
         }
     }

@@ -314,6 +314,13 @@ pub enum ToHead {
         /// Empty where it was stopped in order; otherwise the one line of cause.
         cause: String,
     },
+    /// Ranks of a group on this node make no progress while their driver waits for them: an event for `status`.
+    RanksStuck {
+        /// The group.
+        group: GroupId,
+        /// One line that names them and what they are in.
+        line: String,
+    },
     /// Memory of these GPUs is not back yet (`true`) or is back (`false`).
     GpuDraining {
         /// GPU index and whether it drains.

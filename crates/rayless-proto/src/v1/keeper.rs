@@ -8,10 +8,13 @@
 //! | `D` | a daemon | frames of [`ToKeeper`] and [`FromKeeper`]; a TCP session is handed over as one `S` byte on a connection of its own |
 //! | `S` | a daemon, handing over | the byte carries the session's descriptor (SCM_RIGHTS); then it closes |
 //! | `L` | a driver on this host | a step session, see [`super::step`] |
+//! | `T` | a worker of this host | a u32 (little endian): the rank that is to have this connection; then its own |
 
 use super::{
     control::{HeldGroup, NodeEnv, RankAllocation, WorkerState},
+    link::{LinkPolicy, LinkReport},
     local::LeafBundle,
+    step::{Look, RankLook},
 };
 use crate::ids::{GroupId, NodeId, Rank};
 use rkyv::{Archive, Deserialize, Serialize};
@@ -47,6 +50,10 @@ pub struct KeeperConfig {
     pub dead_after_ms: u64,
     /// How long the keeper waits for the driver's first session, in milliseconds.
     pub driver_wait_ms: u64,
+    /// What this node wants of links.
+    pub link_policy: LinkPolicy,
+    /// First and last port for RDMA connections (`--rdma-ports`).
+    pub rdma_ports: (u16, u16),
 }
 
 /// Daemon to keeper.
@@ -66,6 +73,8 @@ pub enum ToKeeper {
         /// What the head holds it for.
         state: super::status::NodeState,
     },
+    /// What do the ranks do? Answered with `Looked`.
+    Look(Look),
 }
 
 /// Keeper to daemon.
@@ -82,6 +91,18 @@ pub enum FromKeeper {
         /// What it is now.
         state: WorkerState,
     },
+    /// Answer to `Look`.
+    Looked {
+        /// All ranks of this keeper.
+        ranks: Vec<RankLook>,
+    },
+    /// Ranks that make no progress while their driver waits for them.
+    Stuck {
+        /// One line that names them and what they are in.
+        line: String,
+    },
+    /// A link of one of its ranks changed. After `Held` one comes for each link that there was.
+    Link(LinkReport),
     /// All processes are reaped; the keeper ends after this.
     Ended {
         /// Empty for an orderly end.

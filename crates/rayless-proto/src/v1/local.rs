@@ -92,6 +92,8 @@ pub struct Identity {
     pub waiting_for: String,
     /// `--dead-after` in milliseconds.
     pub dead_after_ms: u64,
+    /// `--step-deadline` in milliseconds; 0 for none.
+    pub step_deadline_ms: u64,
     /// See [`super::control::NodeInfo::host_id`].
     pub host_id: String,
 }

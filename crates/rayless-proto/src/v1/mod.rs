@@ -7,17 +7,22 @@
 //! | [`local`] | a client (command, driver) and its node's daemon | Unix socket |
 //! | [`keeper`] | a daemon and a keeper | Unix socket |
 //! | [`step`] | a driver and a keeper | TLS over TCP, or Unix socket on one host |
+//! | [`link`] | two workers of a group | TLS over TCP |
 //! | [`status`] | what `rayless status --json` shows | inside `control` and `local` |
 //!
-//! What people see of them is made in `status_json` (`StatusReport::to_json`) and `need_have` (`NeedHave` as text).
+//! What people see of them is made in `status_json` (`StatusReport::to_json`) `need_have` (`NeedHave` as text)
+//! and `rank_look` (a line per rank when nothing moves).
 #[allow(missing_docs, reason = "rkyv derives undocumented types for enums with named fields")]
 pub mod control;
 pub mod heartbeat;
 #[allow(missing_docs, reason = "rkyv derives undocumented types for enums with named fields")]
 pub mod keeper;
 #[allow(missing_docs, reason = "rkyv derives undocumented types for enums with named fields")]
+pub mod link;
+#[allow(missing_docs, reason = "rkyv derives undocumented types for enums with named fields")]
 pub mod local;
 mod need_have;
+mod rank_look;
 pub mod status;
 mod status_json;
 #[allow(missing_docs, reason = "rkyv derives undocumented types for enums with named fields")]

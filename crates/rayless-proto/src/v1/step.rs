@@ -17,7 +17,10 @@
 //! A local session is the same conversation over a Unix socket; there the keeper's `Launched` carries the descriptors of the
 //! ring and of the collector's eventfd (SCM_RIGHTS), and calls and replies go through the ring instead of frames.
 
-use super::control::WorkerState;
+use super::{
+    control::WorkerState,
+    link::{LaunchLinks, LinkReport},
+};
 use crate::ids::{CallId, Rank};
 use rkyv::{Archive, Deserialize, Serialize};
 
@@ -42,6 +45,8 @@ pub enum Kind {
     Stop = 6,
     /// Keeper to driver: a line of a rank's output.
     Log = 7,
+    /// Driver to keeper: rkyv [`Look`]. Answered with [`KeeperEvent::Looked`].
+    Look = 8,
 }
 
 /// Last fragment of its call or reply.
@@ -90,6 +95,7 @@ impl Header {
             5 => Kind::Ping,
             6 => Kind::Stop,
             7 => Kind::Log,
+            8 => Kind::Look,
             _ => return None,
         };
         if bytes[5] & !(FLAG_LAST | FLAG_ERROR) != 0 || bytes[6..8] != [0, 0] {
@@ -121,6 +127,51 @@ pub struct Launch {
     pub rank_env: Vec<(Rank, Vec<(String, String)>)>,
     /// What every worker needs before its first call (for Python: pickled sys.path), passed on unread.
     pub boot: Vec<u8>,
+    /// What its workers need for links to each other: put in by the driver's session, from the placement and `env`.
+    pub links: Option<LaunchLinks>,
+}
+
+/// A question: what do the ranks of this host do? Asked when a call makes no progress.
+#[derive(Archive, Serialize, Deserialize, Clone, PartialEq, Eq, Debug)]
+pub struct Look {
+    /// A rank without progress for so long counts as stuck, in milliseconds.
+    pub still_ms: u64,
+    /// Whether to have the stuck ranks write their stacks.
+    pub stacks: bool,
+}
+
+/// What one rank does, by its own notes in shared memory: for people, since a worker may note what it likes.
+#[derive(Archive, Serialize, Deserialize, Clone, PartialEq, Eq, Debug)]
+pub struct RankLook {
+    /// The rank.
+    pub rank: Rank,
+    /// Its process; 0 before its start.
+    pub pid: u32,
+    /// What it is.
+    pub state: WorkerState,
+    /// The call that it runs, or the last one that it ran; 0 before the first.
+    pub call: CallId,
+    /// What it is in, for example `execute_model`; empty where it did not say.
+    pub doing: String,
+    /// Milliseconds since it last made progress: took a call, ended one, noted something new, moved a message over a link.
+    pub still_ms: u64,
+    /// The link that last moved a message; `None` where none has.
+    pub link: Option<LinkMoved>,
+    /// Stacks of its threads as Python wrote them, then what the kernel has them wait for; empty where not asked for.
+    pub stack: String,
+}
+
+/// The last message that a rank began on any of its links.
+#[derive(Archive, Serialize, Deserialize, Clone, Copy, PartialEq, Eq, Debug)]
+pub struct LinkMoved {
+    /// Rank at the other end.
+    pub peer: Rank,
+    /// Channel of the link.
+    pub channel: u16,
+    /// Whether this end receives.
+    pub receiving: bool,
+    /// Number of the message.
+    pub sequence: u64,
 }
 
 /// What a keeper tells its driver.
@@ -145,6 +196,8 @@ pub enum KeeperEvent {
         /// What it is now.
         state: WorkerState,
     },
+    /// A link of a rank of this host changed.
+    Link(LinkReport),
     /// The group is over here: a worker died, or a start failed. All others are being killed.
     Failed {
         /// The rank that began it, if one did.
@@ -153,6 +206,11 @@ pub enum KeeperEvent {
         cause: String,
         /// Last lines of that rank's output.
         tail: String,
+    },
+    /// Answer to a [`Look`]: all ranks of this host.
+    Looked {
+        /// In the order of the keeper's ranks.
+        ranks: Vec<RankLook>,
     },
     /// All processes are reaped.
     Ended,
@@ -178,7 +236,7 @@ mod tests {
     #[test]
     fn unknown_kinds_and_flags_are_refused() {
         let good = Header { length: 0, kind: Kind::Ping, flags: 0, rank: 0, asked: 0, call: 0 }.encode();
-        for (at, value) in [(4, 0), (4, 8), (5, 4), (6, 1)] {
+        for (at, value) in [(4, 0), (4, 9), (5, 4), (6, 1)] {
             let mut bad = good;
             bad[at] = value;
             assert_eq!(Header::decode(&bad), None);

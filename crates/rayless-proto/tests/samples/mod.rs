@@ -9,12 +9,16 @@ use rayless_proto::{
             NodeInfo, PlacedNode, Placement, RankAllocation, Refusal, RefusalKind, ToHead, ToNode, WorkerState,
         },
         keeper::{FromKeeper, KeeperConfig, ToKeeper},
+        link::{
+            LaunchLinks, LinkAnswer, LinkBoot, LinkNode, LinkOffer, LinkOpening, LinkOutcome, LinkPlace, LinkPolicy,
+            LinkReport, LinkState, LinkTable, LinkTransport, LinkTry,
+        },
         local::{ClientMessage, ClientReply, ClientRequest, DaemonMessage, Identity, LeafBundle},
         status::{
             Event, GpuState, GpuStatus, GroupState, GroupStatus, HeadSeat, LinkStatus, NodeState, NodeStatus,
             PlacementGroupStatus, StatusReport, WorkerStatus,
         },
-        step::{KeeperEvent, Launch},
+        step::{KeeperEvent, Launch, LinkMoved, Look, RankLook},
     },
 };
 
@@ -55,6 +59,7 @@ pub fn to_head() -> Vec<ToHead> {
         ToHead::KeeperReady { group: GROUP },
         ToHead::WorkerChanged { group: GROUP, rank: 1, pid: 77, state: WorkerState::Busy },
         ToHead::GroupEnded { group: GROUP, cause: "rank 1 was killed".into() },
+        ToHead::RanksStuck { group: GROUP, line: "rank 1: 12 s in execute_model (call 17)".into() },
         ToHead::GpuDraining { gpus: vec![(0, true), (1, false)] },
         ToHead::Update { info: info() },
     ]
@@ -129,6 +134,7 @@ pub fn daemon_messages() -> Vec<DaemonMessage> {
             joined: true,
             waiting_for: String::new(),
             dead_after_ms: 3000,
+            step_deadline_ms: 300_000,
             host_id: "boot/4026531840".into(),
         }),
         ClientReply::Status(report()),
@@ -158,6 +164,7 @@ pub fn to_keeper() -> Vec<ToKeeper> {
         ToKeeper::Watch,
         ToKeeper::Stop { cause: "stopped by `rayless stop`".into() },
         ToKeeper::NodeVerdict { node: NODE, state: NodeState::Alive },
+        ToKeeper::Look(look()),
     ]
 }
 
@@ -166,6 +173,9 @@ pub fn from_keeper() -> Vec<FromKeeper> {
     vec![
         FromKeeper::Held(held()),
         FromKeeper::WorkerChanged { rank: 0, pid: 4, state: WorkerState::Dead },
+        FromKeeper::Looked { ranks: vec![rank_look()] },
+        FromKeeper::Stuck { line: "rank 1: 12 s in execute_model (call 17)".into() },
+        FromKeeper::Link(link_report()),
         FromKeeper::Ended { cause: String::new() },
     ]
 }
@@ -187,6 +197,8 @@ pub fn keeper_configs() -> Vec<KeeperConfig> {
         leaf: leaf(),
         dead_after_ms: 3000,
         driver_wait_ms: 60_000,
+        link_policy: link_policy(),
+        rdma_ports: (6400, 6463),
     }]
 }
 
@@ -199,7 +211,97 @@ pub fn launches() -> Vec<Launch> {
         env: vec![("A".into(), "1".into())],
         rank_env: vec![(0, vec![("B".into(), "2".into())])],
         boot: vec![1, 2, 3],
+        links: Some(LaunchLinks { table: link_table(), policy: link_policy() }),
     }]
+}
+
+/// A keeper to a worker.
+pub fn link_boots() -> Vec<LinkBoot> {
+    vec![LinkBoot {
+        group: GROUP,
+        table: link_table(),
+        policy: link_policy(),
+        leaf: leaf(),
+        keeper_socket: "/run/rayless/keepers/0303030303030303.sock".into(),
+        rdma_ports: (6400, 6463),
+    }]
+}
+
+/// A sender's first frame to a receiver.
+pub fn link_openings() -> Vec<LinkOpening> {
+    vec![
+        LinkOpening::Offer(LinkOffer {
+            group: GROUP,
+            from: 0,
+            to: 1,
+            channel: 2,
+            ticket: [8; 32],
+            node_name: "a".into(),
+            host_id: "boot-1".into(),
+            policy: link_policy(),
+            rdma_devices: vec!["erdma_0".into()],
+            no_rdma: String::new(),
+            max_message: 1 << 30,
+        }),
+        LinkOpening::Stream { from: 0, channel: 2, ticket: [9; 32] },
+    ]
+}
+
+/// A receiver to a sender.
+pub fn link_answers() -> Vec<LinkAnswer> {
+    let places = [
+        LinkPlace::Shm { keeper_socket: "/run/rayless/keepers/0303030303030303.sock".into() },
+        LinkPlace::Rdma { address: "10.0.0.2:6400".into() },
+        LinkPlace::Tcp { streams: 4, encrypt: true },
+    ];
+    let tries = places.map(|place| LinkAnswer::Try(LinkTry { ticket: [7; 32], verify: true, place }));
+    let others = [
+        LinkAnswer::Settled { rejected: vec![(LinkTransport::Shm, "the ranks are on two hosts".into())] },
+        LinkAnswer::Refused("--transport shm was given".into()),
+        LinkAnswer::Waiting,
+    ];
+    tries.into_iter().chain(others).collect()
+}
+
+/// A sender to a receiver, after an attempt.
+pub fn link_outcomes() -> Vec<LinkOutcome> {
+    vec![LinkOutcome::Proven, LinkOutcome::Failed("memlock is 64 KiB".into())]
+}
+
+/// A worker to its keeper.
+pub fn link_report() -> LinkReport {
+    LinkReport {
+        from: 0,
+        to: 1,
+        channel: 2,
+        by_sender: true,
+        state: LinkState::Open,
+        cause: String::new(),
+        transport: Some(LinkTransport::Rdma),
+        device: "erdma_0".into(),
+        gid: "::ffff:10.0.0.1".into(),
+        mtu: 1024,
+        rejected: vec![(LinkTransport::Shm, "the ranks are on two hosts".into())],
+        encrypted: false,
+        verified: true,
+        messages: 3,
+        bytes: 1 << 20,
+    }
+}
+
+fn link_policy() -> LinkPolicy {
+    LinkPolicy { only: Some(LinkTransport::Rdma), allow_tcp: Some(true), encrypt: false, verify: true }
+}
+
+fn link_table() -> LinkTable {
+    let node = |id, name: &str| LinkNode {
+        id: NodeId([id; 32]),
+        name: name.into(),
+        address: "10.0.0.1".into(),
+        port: 6379,
+        host_id: format!("boot-{id}"),
+    };
+    LinkTable { secret: [6; 32], nodes: vec![node(1, "a"), node(2, "b")], ranks: vec![0, 0, 1, 1] }
 }
 
 /// A keeper to a driver.
@@ -209,8 +311,28 @@ pub fn keeper_events() -> Vec<KeeperEvent> {
         KeeperEvent::Ready { rank: 1, versions: vec![("python".into(), "3.11.7".into())] },
         KeeperEvent::Changed { rank: 1, state: WorkerState::Ready },
         KeeperEvent::Failed { rank: Some(1), cause: "killed by signal 9".into(), tail: "last words".into() },
+        KeeperEvent::Looked { ranks: vec![rank_look()] },
+        KeeperEvent::Link(link_report()),
         KeeperEvent::Ended,
     ]
+}
+
+/// What a driver asks when nothing moves.
+pub fn look() -> Look {
+    Look { still_ms: 10_000, stacks: true }
+}
+
+fn rank_look() -> RankLook {
+    RankLook {
+        rank: 1,
+        pid: 77,
+        state: WorkerState::Busy,
+        call: 17,
+        doing: "execute_model".into(),
+        still_ms: 12_000,
+        link: Some(LinkMoved { peer: 0, channel: 2, receiving: true, sequence: 33 }),
+        stack: "Thread 0x1 (most recent call first):".into(),
+    }
 }
 
 /// The state of a cluster.

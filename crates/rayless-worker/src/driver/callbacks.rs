@@ -1,6 +1,6 @@
 //! The thread on which a group calls its driver's code, so that code may block without keeping a session from its pings.
 
-use super::{GroupFailure, LogLine};
+use super::{GroupFailure, LogLine, StuckReport};
 use std::{
     io,
     sync::{
@@ -21,6 +21,8 @@ pub struct Callbacks {
     pub on_log: Option<Box<dyn Fn(LogLine) + Send>>,
     /// The group failed: once.
     pub on_failure: Option<Box<dyn FnOnce(GroupFailure) + Send>>,
+    /// The group makes no progress: again and again, with growing pauses, while that is so.
+    pub on_stuck: Option<Box<dyn Fn(StuckReport) + Send>>,
 }
 
 impl std::fmt::Debug for Callbacks {
@@ -32,6 +34,7 @@ impl std::fmt::Debug for Callbacks {
 enum Job {
     Log(LogLine),
     Failure(GroupFailure),
+    Stuck(StuckReport),
     Run(Box<dyn FnOnce() + Send>),
 }
 
@@ -72,6 +75,10 @@ impl CallbackThread {
         self.push(Job::Failure(failure));
     }
 
+    pub(super) fn stuck(&self, report: StuckReport) {
+        self.push(Job::Stuck(report));
+    }
+
     /// `job` on that thread; after the end of the group on this one.
     pub(super) fn run(&self, job: Box<dyn FnOnce() + Send>) {
         self.push(Job::Run(job));
@@ -88,13 +95,13 @@ impl CallbackThread {
                 let _ = jobs.send(job);
             }
             (None, Job::Run(job)) => job(),
-            (None, Job::Log(_) | Job::Failure(_)) => {}
+            (None, Job::Log(_) | Job::Failure(_) | Job::Stuck(_)) => {}
         }
     }
 }
 
 fn run(callbacks: Callbacks, jobs: &Receiver<Job>, lines: &AtomicUsize) {
-    let Callbacks { on_log, mut on_failure } = callbacks;
+    let Callbacks { on_log, mut on_failure, on_stuck } = callbacks;
     for job in jobs {
         match job {
             Job::Log(line) => {
@@ -106,6 +113,11 @@ fn run(callbacks: Callbacks, jobs: &Receiver<Job>, lines: &AtomicUsize) {
             Job::Failure(failure) => {
                 if let Some(on_failure) = on_failure.take() {
                     on_failure(failure);
+                }
+            }
+            Job::Stuck(report) => {
+                if let Some(on_stuck) = &on_stuck {
+                    on_stuck(report);
                 }
             }
             Job::Run(job) => job(),

@@ -34,6 +34,9 @@ pub(super) struct Pending {
     timeout: Option<(Instant, Duration)>,
     slot: Slot,
     on_done: Option<Box<dyn FnOnce() + Send>>,
+    pub(super) sent: Instant,
+    /// Of a call that is a step: how long it may take, from when it is the oldest.
+    pub(super) step_deadline: Option<Duration>,
 }
 
 /// A reply that no worker of ours would send.
@@ -53,6 +56,8 @@ impl Pending {
             timeout,
             slot,
             on_done: None,
+            sent: Instant::now(),
+            step_deadline: None,
         }
     }
 

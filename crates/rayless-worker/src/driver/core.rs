@@ -6,6 +6,7 @@ use super::{
     CallError, GroupFailure, LogLine, Progress, RankInfo,
     callbacks::CallbackThread,
     calls::{Pending, Slot},
+    stuck::Watch,
 };
 use crate::{
     client::LocalClient,
@@ -24,7 +25,7 @@ use rayless_proto::{
 };
 use rustix::event::epoll::{self, EventData, EventFlags};
 use std::{
-    collections::{BTreeMap, HashMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
     io,
     os::fd::{AsFd, OwnedFd},
     sync::Arc,
@@ -166,14 +167,15 @@ pub(super) struct Core {
     pub(super) ranks: Arc<[RankInfo]>,
     peers: Vec<Peer>,
     local: Option<LocalRing>,
-    calls: BTreeMap<CallId, Pending>,
+    pub(super) calls: BTreeMap<CallId, Pending>,
     last_call: CallId,
     pub(super) end: Option<End>,
     /// Every keeper said that its processes are reaped, or is not waited for any more.
     pub(super) over: bool,
     give_up_at: Option<Instant>,
     pub(super) starting: Starting,
-    callbacks: CallbackThread,
+    pub(super) callbacks: CallbackThread,
+    pub(super) watch: Watch,
     dead_after: Duration,
     verdicts: HashMap<NodeId, (NodeState, String)>,
     pub(super) client: Option<LocalClient>,
@@ -208,6 +210,7 @@ impl Core {
             give_up_at: None,
             starting: Starting::default(),
             callbacks,
+            watch: Watch::standard(),
             dead_after,
             verdicts: HashMap::new(),
             client,
@@ -232,6 +235,7 @@ impl Core {
         payload: Arc<[u8]>,
         asked: Vec<Rank>,
         timeout: Option<Duration>,
+        step_deadline: Option<Duration>,
     ) -> Result<(CallId, Slot), CallError> {
         if let Some(end) = &self.end {
             return Err(end.as_error());
@@ -263,7 +267,9 @@ impl Core {
             let _ = slot.set(Ok(Vec::new()));
         } else {
             let timeout = timeout.map(|after| (Instant::now() + after, after));
-            self.calls.insert(call, Pending::new(asked, timeout, Arc::clone(&slot)));
+            let mut pending = Pending::new(asked, timeout, Arc::clone(&slot));
+            pending.step_deadline = step_deadline;
+            self.calls.insert(call, pending);
         }
         // The other hosts first: their way is longer.
         for index in 0..self.peers.len() {
@@ -290,7 +296,24 @@ impl Core {
         CallError::TooManyInFlight { in_flight: self.calls.len(), rank, node: self.node_name(rank), call }
     }
 
-    fn node_name(&self, rank: Rank) -> String {
+    pub(super) fn peer_name(&self, index: usize) -> String {
+        self.peers.get(index).map(|peer| peer.name.clone()).unwrap_or_default()
+    }
+
+    /// Sends a frame to every keeper there is; to whom it went.
+    pub(super) fn tell_all(&mut self, kind: Kind, payload: &[u8]) -> BTreeSet<usize> {
+        let mut told = BTreeSet::new();
+        for index in 0..self.peers.len() {
+            if let Some(session) = &mut self.peers[index].session {
+                session.queue(plain_header(kind), &[payload]);
+                told.insert(index);
+                self.send_to(index);
+            }
+        }
+        told
+    }
+
+    pub(super) fn node_name(&self, rank: Rank) -> String {
         self.ranks.get(rank as usize).map(|info| info.node_name.clone()).unwrap_or_default()
     }
 
@@ -422,7 +445,7 @@ impl Core {
                     codec::decode::<KeeperEvent>(&payload).map_err(|e| SessionError::Protocol(e.to_string()))?;
                 self.take_event(index, event)?;
             }
-            Kind::Launch | Kind::Call | Kind::Stop => return Err(broken("a keeper sends no such frame")),
+            Kind::Launch | Kind::Call | Kind::Stop | Kind::Look => return Err(broken("a keeper sends no such frame")),
         }
         Ok(())
     }
@@ -449,7 +472,7 @@ impl Core {
                 self.changed = true;
             }
             KeeperEvent::Ready { .. } => return Err(SessionError::Protocol("ready of another host's rank".into())),
-            KeeperEvent::Changed { .. } => {}
+            KeeperEvent::Changed { .. } | KeeperEvent::Link(_) => {}
             KeeperEvent::Failed { rank, cause, tail } => {
                 // What the worker answered before it died counts.
                 self.collect();
@@ -458,6 +481,12 @@ impl Core {
                     Some(rank) => GroupFailure::WorkerDied { rank, node, cause, tail },
                     None => GroupFailure::Ended { cause },
                 });
+            }
+            KeeperEvent::Looked { ranks } => {
+                if !ranks.iter().all(|look| named(&look.rank)) {
+                    return Err(SessionError::Protocol("a look at another host's rank".into()));
+                }
+                self.take_look(index, ranks);
             }
             KeeperEvent::Ended => {
                 self.close_session(index);
@@ -556,7 +585,12 @@ impl Core {
 
     /// Each half second: pings, and a look at each peer's last sign of life.
     pub(super) fn tick(&mut self, now: Instant, due: Instant) -> Instant {
-        let slept = now.duration_since(due) > OBSERVER_LATE;
+        let late = now.duration_since(due);
+        let slept = late > OBSERVER_LATE;
+        if slept {
+            self.watch.slept(late);
+        }
+        self.watch_progress(now);
         let mut next = now + HEARTBEAT_PERIOD;
         for index in 0..self.peers.len() {
             if self.silence(index, now) > self.dead_after {

@@ -1,6 +1,6 @@
 //! What can go wrong with a group, as its driver sees it.
 
-use crate::client::ClientError;
+use crate::{client::ClientError, links::BadWish};
 use rayless_proto::ids::{CallId, NodeId, Rank};
 use std::time::Duration;
 
@@ -28,6 +28,16 @@ pub enum GroupFailure {
         name: String,
         /// One line.
         cause: String,
+    },
+    /// A step took longer than its deadline, though every process was alive.
+    #[error("{cause}")]
+    Stuck {
+        /// The ranks that made no progress; where all did, those that had not replied.
+        ranks: Vec<Rank>,
+        /// One line that names them and what they were in.
+        cause: String,
+        /// Where they were, a line per frame with its rank in front; may be empty.
+        stacks: String,
     },
     /// The group was stopped by someone else (`rayless stop --group`), or its keeper gave it up.
     #[error("{cause}")]
@@ -125,6 +135,9 @@ pub enum StartError {
         /// Its version.
         right_version: String,
     },
+    /// The driver's environment wants something of links that is none.
+    #[error(transparent)]
+    Wish(#[from] BadWish),
     /// A worker did not come up, or a node was lost meanwhile.
     #[error(transparent)]
     Failed(#[from] GroupFailure),

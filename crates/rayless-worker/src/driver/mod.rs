@@ -10,11 +10,13 @@ mod core;
 mod error;
 mod placed;
 mod shared;
+mod stuck;
 mod versions;
 
 pub use callbacks::Callbacks;
 pub use error::{CallError, GroupFailure, StartError};
 pub use placed::Placed;
+pub use stuck::StuckReport;
 
 use self::core::{Core, End};
 use calls::Slot;
@@ -223,6 +225,31 @@ impl WorkerGroup {
         asked: &Asked,
         timeout: Option<Duration>,
     ) -> Result<Call, CallError> {
+        self.send(payload.into(), asked, timeout, None)
+    }
+
+    /// As [`Self::call`], for a call that is known to be short: where it takes longer than `deadline`, the group is ended with
+    /// [`GroupFailure::Stuck`]. The time counts from when no earlier call is under way any more.
+    ///
+    /// # Errors
+    /// As [`Self::call`].
+    pub fn step(
+        &self,
+        payload: impl Into<Arc<[u8]>>,
+        asked: &Asked,
+        timeout: Option<Duration>,
+        deadline: Duration,
+    ) -> Result<Call, CallError> {
+        self.send(payload.into(), asked, timeout, Some(deadline))
+    }
+
+    fn send(
+        &self,
+        payload: Arc<[u8]>,
+        asked: &Asked,
+        timeout: Option<Duration>,
+        step_deadline: Option<Duration>,
+    ) -> Result<Call, CallError> {
         let world_size = self.inner.ranks.len() as u32;
         let asked = match asked {
             Asked::All => (0..world_size).collect(),
@@ -236,8 +263,7 @@ impl WorkerGroup {
                 ranks
             }
         };
-        let payload = payload.into();
-        let (id, slot) = self.inner.shared.with(|core| core.call(payload, asked, timeout))?;
+        let (id, slot) = self.inner.shared.with(|core| core.call(payload, asked, timeout, step_deadline))?;
         Ok(Call { id, slot, shared: Arc::clone(&self.inner.shared) })
     }
 

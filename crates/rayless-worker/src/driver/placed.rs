@@ -6,24 +6,29 @@ use super::{
     connect,
     core::{Core, End, Peer},
     shared::Shared,
+    stuck::Watch,
     versions,
 };
 use crate::{
     client::{ClientError, LocalClient},
+    links,
     session::plain_header,
 };
 use rayless_proto::{
     codec,
-    ids::{GroupId, Rank},
-    limits::REAP_TIMEOUT,
+    ids::{GroupId, NodeId, Rank},
+    limits::{REAP_TIMEOUT, STEP_DEADLINE, STUCK_AFTER},
     v1::{
         control::{GroupSpec, PlacedNode},
+        link::{LaunchLinks, LinkNode, LinkTable},
         local::{ClientReply, ClientRequest},
         step::{Kind, Launch},
     },
 };
+use ring::rand::{SecureRandom, SystemRandom};
 use std::{
     collections::BTreeMap,
+    io,
     path::PathBuf,
     sync::Arc,
     time::{Duration, Instant},
@@ -38,6 +43,8 @@ pub struct Placed {
     parts: PlacedParts,
     ranks: Arc<[RankInfo]>,
     client: Option<LocalClient>,
+    stuck_after: Duration,
+    step_deadline: Duration,
 }
 
 /// Asks the local daemon; see [`WorkerGroup::place`].
@@ -77,7 +84,9 @@ pub(super) fn place(
                 dead_after: Duration::from_millis(me.dead_after_ms),
                 versions: options.versions,
             };
-            Placed::new(parts, Some(client))
+            let mut placed = Placed::new(parts, Some(client))?;
+            placed.step_deadline = Duration::from_millis(me.step_deadline_ms);
+            Ok(placed)
         }
         Some(_) => Err(ClientError::Lost { cause: "it gave an answer to another question".into() }.into()),
     }
@@ -111,7 +120,19 @@ impl Placed {
                 node_env: node.node_env.clone(),
             });
         }
-        Ok(Self { ranks: ranks.into(), parts, client })
+        Ok(Self { ranks: ranks.into(), parts, client, stuck_after: STUCK_AFTER, step_deadline: STEP_DEADLINE })
+    }
+
+    /// A call without progress for so long is looked into ([`Callbacks::on_stuck`]); zero: never. 10 s where this is not called.
+    #[must_use]
+    pub const fn with_stuck_after(mut self, stuck_after: Duration) -> Self {
+        self.stuck_after = stuck_after;
+        self
+    }
+
+    /// The deadline of a step that this node's daemon was told (`--step-deadline`); zero for none.
+    pub const fn step_deadline(&self) -> Duration {
+        self.step_deadline
     }
 
     /// Its id.
@@ -140,7 +161,8 @@ impl Placed {
         let until = Instant::now() + timeout;
         let peers = self.open_peers(&launch)?;
         let callbacks = CallbackThread::start(callbacks)?;
-        let core = Core::new(Arc::clone(&self.ranks), peers, callbacks, self.parts.dead_after, self.client)?;
+        let mut core = Core::new(Arc::clone(&self.ranks), peers, callbacks, self.parts.dead_after, self.client)?;
+        core.watch = Watch::new(self.stuck_after);
         let (shared, pump) = Shared::start(core)?;
         // From here on dropping the group ends whatever was started.
         let group = WorkerGroup::new(self.parts.group, Arc::clone(&self.ranks), Arc::clone(&shared), pump);
@@ -164,18 +186,42 @@ impl Placed {
             by_node.entry(placement.node).or_default().push(placement.rank);
         }
         let nodes: Vec<_> = self.parts.nodes.iter().filter(|node| by_node.contains_key(&node.id)).collect();
+        let links = self.launch_links(launch)?;
         let sessions = connect::open_all(&self.parts, &nodes)?;
         let mut peers = Vec::with_capacity(nodes.len());
         for (node, mut session) in nodes.into_iter().zip(sessions) {
             let ranks = by_node.remove(&node.id).unwrap_or_default();
             let own = launch.rank_env.iter().filter(|(rank, _)| ranks.contains(rank)).cloned().collect();
-            let message = codec::encode(&Launch { rank_env: own, ..launch.clone() });
+            let message = codec::encode(&Launch { rank_env: own, links: Some(links.clone()), ..launch.clone() });
             session.queue(plain_header(Kind::Launch), &[&message]);
             let address = format!("{}:{}", node.address, node.port);
             let local = node.id == self.parts.local_node && self.parts.local_keeper.is_some();
             peers.push(Peer::new(node.id, node.name.clone(), address, local, ranks, session));
         }
         Ok(peers)
+    }
+}
+
+impl Placed {
+    /// What the workers need for links to each other.
+    fn launch_links(&self, launch: &Launch) -> Result<LaunchLinks, StartError> {
+        let policy = links::wishes_of(&launch.env)?;
+        let mut secret = [0; 32];
+        SystemRandom::new().fill(&mut secret).map_err(|_| io::Error::other("no random numbers from the system"))?;
+        let place = |node: NodeId| self.parts.nodes.iter().position(|at| at.id == node).unwrap_or_default() as u32;
+        let nodes = self.parts.nodes.iter().map(|node| LinkNode {
+            id: node.id,
+            name: node.name.clone(),
+            address: node.address.clone(),
+            port: node.port,
+            host_id: node.host_id.clone(),
+        });
+        let table = LinkTable {
+            secret,
+            nodes: nodes.collect(),
+            ranks: self.ranks.iter().map(|rank| place(rank.node)).collect(),
+        };
+        Ok(LaunchLinks { table, policy })
     }
 }
 

@@ -10,7 +10,11 @@ use super::{
     calls::{Outcome, Slot},
     core::{Core, End},
 };
-use crate::{event, ring::timespec, spin::Spin};
+use crate::{
+    event,
+    ring::timespec,
+    spin::{self, Spin},
+};
 use rayless_proto::limits::HEARTBEAT_PERIOD;
 use rustix::event::epoll::{self, EventData, EventFlags};
 use std::{
@@ -66,7 +70,7 @@ impl Shared {
             epoll::add(&pump_set, client.fd(), EventData::new_u64(CLIENT), EventFlags::IN)?;
         }
         let hot = core.hot.try_clone()?;
-        let spin = Spin::among(core.local_workers() + 1);
+        let spin = spin::among(core.local_workers() + 1);
         let state = State { core, leading: false, armed: true, waiters: 0, spin, pump_until: Instant::now() };
         let shared =
             Arc::new(Self { state: Mutex::new(state), changed: Condvar::new(), hot, pump_set, pump_wake, nudge });

@@ -1,5 +1,6 @@
 //! Starting a worker process.
 
+use super::stacks::{STACKS_SIGNAL, STACKS_VARIABLE};
 use crate::host::FDS_VARIABLE;
 use rayless_proto::{
     ids::Rank,
@@ -7,6 +8,7 @@ use rayless_proto::{
 };
 use rustix::{
     io::{FdFlags, fcntl_setfd},
+    pipe::PipeFlags,
     process::{Pid, PidfdFlags, Signal, getpid, getppid, pidfd_open, set_parent_process_death_signal, setsid},
 };
 use std::{
@@ -29,6 +31,10 @@ pub(super) struct Started {
     pub(super) stderr: ChildStderr,
     /// Boot bytes out, `ready` in.
     pub(super) control: UnixStream,
+    /// Where its Python writes its stacks when asked.
+    pub(super) stacks: OwnedFd,
+    /// Connections for its links out, reports of them in.
+    pub(super) links: UnixStream,
 }
 
 /// Starts the worker at `index` of `config.ranks`. Must run on the process's main thread: the kernel kills a child with a death signal when
@@ -42,10 +48,12 @@ pub(super) fn start(
     replies: BorrowedFd<'_>,
 ) -> io::Result<Started> {
     let (control, theirs) = UnixStream::pair()?;
+    let (links, their_links) = UnixStream::pair()?;
     // Numbers of their own: clearing close-on-exec in the child must not touch what other children inherit.
     let ring = ring.try_clone_to_owned()?;
     let replies = replies.try_clone_to_owned()?;
-    let fds = [ring.as_raw_fd(), replies.as_raw_fd(), theirs.as_raw_fd()];
+    let fds = [ring.as_raw_fd(), replies.as_raw_fd(), theirs.as_raw_fd(), their_links.as_raw_fd()];
+    let (stacks, stacks_end) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
     let mut command = Command::new(&launch.program);
     command
         .args(&launch.arguments)
@@ -53,6 +61,7 @@ pub(super) fn start(
         .env_clear()
         .envs(environment(config, index, launch))
         .env(FDS_VARIABLE, fds.map(|fd| fd.to_string()).join(","))
+        .env(STACKS_VARIABLE, format!("{},{}", stacks_end.as_raw_fd(), STACKS_SIGNAL.as_raw()))
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
@@ -65,7 +74,7 @@ pub(super) fn start(
         }
         // A session of its own: no terminal's Ctrl-C, and a name for all that it starts.
         setsid()?;
-        for fd in [ring.as_fd(), replies.as_fd(), theirs.as_fd()] {
+        for fd in [ring.as_fd(), replies.as_fd(), theirs.as_fd(), their_links.as_fd(), stacks_end.as_fd()] {
             fcntl_setfd(fd, FdFlags::empty())?;
         }
         Ok(())
@@ -79,7 +88,7 @@ pub(super) fn start(
     let stderr = process.stderr.take().ok_or_else(missing)?;
     let pid = Pid::from_child(&process);
     let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
-    Ok(Started { process, pidfd, stdout, stderr, control })
+    Ok(Started { process, pidfd, stdout, stderr, control, links, stacks })
 }
 
 /// A pidfd in the runtime: readable once the process ended.

@@ -1,28 +1,29 @@
-//! Who comes to the keeper's socket: a daemon, a driver of this host, or a driver's TCP session handed over by a daemon.
+//! Who comes to the keeper's socket: a daemon, a driver of this host, a worker of this host that has a link to one here, or a TCP session handed
+//! over by a daemon: a driver's, or a link's.
 
+use super::links::Arrival;
 use crate::{retries, session::Session};
 use rayless_net::{
     framing,
     identity::{TlsIdentity, peer_of},
-    unix,
+    tcp, unix,
 };
 use rayless_proto::{
     codec,
     hello::{Hello, Purpose},
-    ids::NodeId,
+    ids::{GroupId, NodeId, Rank},
     limits::{HANDSHAKE_TIMEOUT, MAX_HELLO, MAX_LOCAL_MESSAGE},
     v1::keeper::{FromKeeper, ToKeeper},
 };
 use std::{
     io,
-    os::fd::OwnedFd,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
 };
 use tokio::{
-    io::AsyncWriteExt,
+    io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpStream, UnixListener, UnixStream},
     sync::{Semaphore, mpsc},
     time::timeout,
@@ -40,6 +41,8 @@ pub(super) enum Caller {
         /// Its process, where it runs on this host.
         pid: Option<u32>,
     },
+    /// Someone who wants a link to the worker of this rank.
+    Link { rank: Rank, arrival: Arrival },
     /// A daemon, and where to send it messages.
     Daemon { id: u64, outbox: mpsc::UnboundedSender<FromKeeper> },
     /// A daemon's message.
@@ -52,6 +55,7 @@ pub(super) enum Caller {
 pub(super) fn open(
     listener: UnixListener,
     identity: TlsIdentity,
+    group: GroupId,
     driver: NodeId,
     callers: mpsc::UnboundedSender<Caller>,
 ) {
@@ -71,7 +75,7 @@ pub(super) fn open(
             let (identity, callers) = (identity.clone(), callers.clone());
             let (handshakes, ids) = (Arc::clone(&handshakes), Arc::clone(&ids));
             tokio::spawn(async move {
-                if let Err(error) = serve(stream, &identity, driver, callers, &handshakes, &ids).await {
+                if let Err(error) = serve(stream, &identity, (group, driver), callers, &handshakes, &ids).await {
                     tracing::info!(%error, "caller turned away");
                 }
             });
@@ -82,7 +86,7 @@ pub(super) fn open(
 async fn serve(
     stream: UnixStream,
     identity: &TlsIdentity,
-    driver: NodeId,
+    (group, driver): (GroupId, NodeId),
     callers: mpsc::UnboundedSender<Caller>,
     handshakes: &Semaphore,
     ids: &AtomicU64,
@@ -91,7 +95,7 @@ async fn serve(
     if !peer.is_trusted() {
         return Err(io::ErrorKind::PermissionDenied.into());
     }
-    let mut first = [0];
+    let (mut stream, mut first) = (stream, [0]);
     let (count, mut fds) = timeout(HANDSHAKE_TIMEOUT, unix::recv_fds(&stream, &mut first)).await??;
     match (count, first[0], fds.pop()) {
         (1, b'D', None) => {
@@ -104,9 +108,29 @@ async fn serve(
             Ok(())
         }
         (1, b'S', Some(fd)) => {
+            let socket = std::net::TcpStream::from(fd);
+            socket.set_nonblocking(true)?;
+            let socket = TcpStream::from_std(socket)?;
+            // The daemon has read it too, so it is there.
+            let name = timeout(HANDSHAKE_TIMEOUT, tcp::peek_sni(&socket)).await?.map_err(io::Error::other)?;
+            if let Some((of, rank)) = tcp::worker_of(&name) {
+                let arrival = Arrival::Tcp(socket.into_std()?.into());
+                return if of == group && callers.send(Caller::Link { rank, arrival }).is_ok() {
+                    Ok(())
+                } else {
+                    Err(io::Error::new(io::ErrorKind::NotFound, "a link of another group"))
+                };
+            }
             let _turn = handshakes.acquire().await.map_err(io::Error::other)?;
-            let session = timeout(HANDSHAKE_TIMEOUT, shake_hands(fd, identity, driver)).await??;
+            let session = timeout(HANDSHAKE_TIMEOUT, shake_hands(socket, identity, driver)).await??;
             let _ = callers.send(Caller::Driver { session: Box::new(session), pid: None });
+            Ok(())
+        }
+        (1, b'T', None) => {
+            let mut rank = [0; 4];
+            timeout(HANDSHAKE_TIMEOUT, stream.read_exact(&mut rank)).await??;
+            let arrival = Arrival::Unix(stream.into_std()?.into());
+            let _ = callers.send(Caller::Link { rank: u32::from_le_bytes(rank), arrival });
             Ok(())
         }
         _ => Err(io::Error::new(io::ErrorKind::InvalidData, "unknown kind of caller")),
@@ -114,13 +138,11 @@ async fn serve(
 }
 
 /// TLS and hello with the driver on another host. Of all that the cluster trusts only its node may drive this group.
-async fn shake_hands(fd: OwnedFd, identity: &TlsIdentity, driver: NodeId) -> io::Result<Session> {
-    let socket = std::net::TcpStream::from(fd);
-    socket.set_nonblocking(true)?;
+async fn shake_hands(socket: TcpStream, identity: &TlsIdentity, driver: NodeId) -> io::Result<Session> {
     socket.set_nodelay(true)?;
     retries::keep_short(&socket)?;
     let acceptor = TlsAcceptor::from(identity.server_config());
-    let mut stream = acceptor.accept(TcpStream::from_std(socket)?).await?;
+    let mut stream = acceptor.accept(socket).await?;
     let peer = stream.get_ref().1.peer_certificates().and_then(|certificates| peer_of(certificates.first()?));
     if peer.map(|peer| peer.node) != Some(driver) {
         return Err(io::Error::new(io::ErrorKind::PermissionDenied, "not from the node of this group's driver"));

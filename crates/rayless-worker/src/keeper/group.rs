@@ -3,8 +3,10 @@
 use super::{
     KeeperError, child,
     door::{self, Caller},
+    links::{self, Arrival},
     logs::{Pipe, RankLog},
-    reap,
+    look, reap,
+    stacks::Stacks,
     step::{self, News, Order, StepSetup, StepThread},
 };
 use crate::{event, ring::Ring, session::plain_header};
@@ -16,13 +18,14 @@ use rayless_proto::{
     v1::{
         control::{HeldGroup, WorkerState},
         keeper::{FromKeeper, KeeperConfig, ToKeeper},
-        step::{KeeperEvent, Kind, Launch},
+        link::{LaunchLinks, LinkBoot, LinkReport, LinkState},
+        step::{KeeperEvent, Kind, Launch, Look, RankLook},
     },
 };
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use std::{
     cell::RefCell,
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     io,
     os::{
         fd::{AsFd, OwnedFd},
@@ -45,6 +48,8 @@ use tokio::{
 
 /// From the end of an orderly stop's calls to SIGKILL.
 const GRACE: Duration = Duration::from_secs(2);
+/// Ends of links that one host's part of a group may have at once and still be shown.
+const MAX_LINKS_PER_HOST: usize = 4096;
 /// Between two looks at what the workers do.
 const LOOK: Duration = Duration::from_secs(1);
 
@@ -54,17 +59,30 @@ enum Event {
     Exited(usize),
     /// It said that it takes calls.
     Ready(usize, Vec<(String, String)>),
+    /// One of its links changed.
+    Link(usize, LinkReport),
     /// A driver of this host ended.
     DriverEnded(u32),
+    /// A look is over.
+    Looked(Asker, Look, Vec<RankLook>),
 }
 
-struct Worker {
-    rank: Rank,
-    pid: u32,
+/// Who wants to know what the ranks do.
+enum Asker {
+    Driver,
+    /// Its number.
+    Daemon(u64),
+}
+
+pub(super) struct Worker {
+    pub(super) rank: Rank,
+    pub(super) pid: u32,
     process: Child,
-    pidfd: Rc<AsyncFd<OwnedFd>>,
+    pub(super) pidfd: Rc<AsyncFd<OwnedFd>>,
     log: Rc<RefCell<RankLog>>,
     pipes: [Rc<Pipe>; 2],
+    pub(super) stacks: Rc<Stacks>,
+    arrivals: mpsc::UnboundedSender<Arrival>,
     ready: bool,
     /// As last told to the daemons.
     told: WorkerState,
@@ -81,6 +99,9 @@ struct Ending {
     give_up_at: Instant,
 }
 
+/// From, to, channel, and whether it is the sending end.
+type LinkEnd = (Rank, Rank, u16, bool);
+
 /// One group's part on this host.
 pub(super) struct Group {
     config: KeeperConfig,
@@ -92,6 +113,8 @@ pub(super) struct Group {
     log: step::LogSender,
     workers: Vec<Worker>,
     daemons: HashMap<u64, mpsc::UnboundedSender<FromKeeper>>,
+    /// The last word of each end of a link here that is not over.
+    links: BTreeMap<LinkEnd, LinkReport>,
     events: mpsc::UnboundedSender<Event>,
     /// A driver has come, and whether it runs on this host.
     driver: Option<bool>,
@@ -130,7 +153,7 @@ impl Group {
         .map_err(failed("cannot start the step thread"))?;
         let (events_sender, events) = mpsc::unbounded_channel();
         let (callers_sender, callers) = mpsc::unbounded_channel();
-        door::open(listener, identity, config.driver_node, callers_sender);
+        door::open(listener, identity, config.group, config.driver_node, callers_sender);
         Ok(Self {
             config,
             log_dir,
@@ -141,6 +164,7 @@ impl Group {
             log,
             workers: Vec::new(),
             daemons: HashMap::new(),
+            links: BTreeMap::new(),
             events: events_sender,
             driver: None,
             launched: false,
@@ -201,6 +225,12 @@ impl Group {
     fn on_caller(&mut self, caller: Caller) {
         match caller {
             Caller::Driver { session, pid } => self.on_driver(session, pid),
+            Caller::Link { rank, arrival } => {
+                // Dropped, and with it closed, where there is no such worker yet: its peer calls again.
+                if let Some(worker) = self.workers.iter().find(|worker| worker.rank == rank) {
+                    let _ = worker.arrivals.send(arrival);
+                }
+            }
             Caller::Daemon { id, outbox } => {
                 self.daemons.insert(id, outbox);
             }
@@ -214,6 +244,9 @@ impl Group {
             Caller::Said { id, message: ToKeeper::Watch } => {
                 if let Some(daemon) = self.daemons.get(&id) {
                     let _ = daemon.send(FromKeeper::Held(self.held()));
+                    for link in self.links.values() {
+                        let _ = daemon.send(FromKeeper::Link(link.clone()));
+                    }
                 }
             }
             Caller::Said { message: ToKeeper::Stop { cause }, .. } => {
@@ -225,6 +258,7 @@ impl Group {
                 }
                 self.end(cause, None);
             }
+            Caller::Said { id, message: ToKeeper::Look(look) } => self.begin_look(Asker::Daemon(id), look),
             Caller::Said { message: ToKeeper::NodeVerdict { node, state }, .. } => {
                 if node == self.config.driver_node {
                     self.step.order(Order::Verdict(Some(state)));
@@ -267,6 +301,7 @@ impl Group {
             News::Launch(launch) if !self.launched && self.ending.is_none() => self.launch(&launch),
             News::Launch(_) => {}
             News::Stop(cause) => self.end(cause, None),
+            News::Look(look) => self.begin_look(Asker::Driver, look),
             News::Lost(cause) => self.end(format!("lost its driver: {cause}"), None),
             News::Broken(error) => {
                 let index = error.reader as usize;
@@ -288,7 +323,30 @@ impl Group {
                 self.step.order(Order::Event(KeeperEvent::Ready { rank, versions }, Vec::new()));
                 self.tell_change(index, WorkerState::Ready);
             }
+            Event::Looked(asker, look, ranks) => self.end_look(&asker, &look, ranks),
+            Event::Link(index, report) => self.on_link(index, report),
             Event::DriverEnded(pid) => self.end(format!("its driver (pid {pid}) ended"), None),
+        }
+    }
+
+    /// A worker speaks for its own end of a link only.
+    fn on_link(&mut self, index: usize, report: LinkReport) {
+        let LinkReport { from, to, channel, by_sender, .. } = report;
+        let end = (from, to, channel, by_sender);
+        let known = self.links.contains_key(&end);
+        let own = self.workers[index].rank == if by_sender { from } else { to };
+        if !own || !known && self.links.len() >= MAX_LINKS_PER_HOST {
+            tracing::warn!(?end, "a report of a link is dropped");
+            return;
+        }
+        for daemon in self.daemons.values() {
+            let _ = daemon.send(FromKeeper::Link(report.clone()));
+        }
+        self.step.order(Order::Event(KeeperEvent::Link(report.clone()), Vec::new()));
+        if report.state == LinkState::Closed {
+            self.links.remove(&end);
+        } else {
+            self.links.insert(end, report);
         }
     }
 
@@ -323,6 +381,36 @@ impl Group {
         }
     }
 
+    fn begin_look(&self, asker: Asker, look: Look) {
+        let states = self.workers.iter().enumerate().map(|(index, worker)| self.state(index, worker));
+        let ranks = look::at(&self.ring, &self.workers, states);
+        let stacks = look::begin(&self.workers, ranks, look.clone());
+        let events = self.events.clone();
+        spawn_local(async move {
+            let _ = events.send(Event::Looked(asker, look, stacks.await));
+        });
+    }
+
+    fn end_look(&self, asker: &Asker, look: &Look, ranks: Vec<RankLook>) {
+        if let Asker::Daemon(id) = asker {
+            if let Some(daemon) = self.daemons.get(id) {
+                let _ = daemon.send(FromKeeper::Looked { ranks });
+            }
+            return;
+        }
+        if let Some(line) = look::line(&ranks, look) {
+            tracing::warn!(group = %self.config.group, "stuck: {line}");
+            for daemon in self.daemons.values() {
+                let _ = daemon.send(FromKeeper::Stuck { line: line.clone() });
+            }
+        }
+        for (worker, rank) in self.workers.iter().zip(&ranks).filter(|(_, rank)| !rank.stack.is_empty()) {
+            let what = rank.sentence();
+            worker.log.borrow_mut().keep(&format!("rayless: no progress: {what}\n{}", rank.stack));
+        }
+        self.step.order(Order::Event(KeeperEvent::Looked { ranks }, Vec::new()));
+    }
+
     /// `rank 3 on node b (pid 123)`.
     fn named(&self, rank: Rank, pid: u32) -> String {
         format!("rank {rank} on node {} (pid {pid})", self.config.node_name)
@@ -330,6 +418,10 @@ impl Group {
 
     fn launch(&mut self, launch: &Launch) {
         self.launched = true;
+        let boot = match self.link_boot(launch) {
+            Ok(boot) => boot,
+            Err(cause) => return self.end(cause, None),
+        };
         let mut directory = PathBuf::from(&launch.directory);
         let missing = !directory.is_dir();
         if missing {
@@ -337,7 +429,7 @@ impl Group {
         }
         for index in 0..self.config.ranks.len() {
             let rank = self.config.ranks[index].rank;
-            if let Err(error) = self.start_worker(index, launch, &directory) {
+            if let Err(error) = self.start_worker(index, launch, &boot, &directory) {
                 let cause = child::not_started(&self.config, rank, &launch.program, &error);
                 self.end(cause, None);
                 return;
@@ -359,7 +451,30 @@ impl Group {
         }
     }
 
-    fn start_worker(&mut self, index: usize, launch: &Launch, directory: &Path) -> io::Result<()> {
+    /// What this host's workers need for links, in bytes; empty where the driver gave nothing for them. An error: its wishes and this node's
+    /// contradict each other.
+    fn link_boot(&self, launch: &Launch) -> Result<Rc<[u8]>, String> {
+        let Some(LaunchLinks { table, policy }) = &launch.links else { return Ok(Rc::default()) };
+        let node = format!("node {}", self.config.node_name);
+        let policy = crate::links::together((&self.config.link_policy, &node), (policy, "the driver"));
+        let boot = LinkBoot {
+            group: self.config.group,
+            table: table.clone(),
+            policy: policy.map_err(|contradiction| contradiction.to_string())?,
+            leaf: self.config.leaf.clone(),
+            keeper_socket: super::socket_path(&self.config).to_string_lossy().into_owned(),
+            rdma_ports: self.config.rdma_ports,
+        };
+        Ok(codec::encode(&boot).into())
+    }
+
+    fn start_worker(
+        &mut self,
+        index: usize,
+        launch: &Launch,
+        link_boot: &Rc<[u8]>,
+        directory: &Path,
+    ) -> io::Result<()> {
         let rank = self.config.ranks[index].rank;
         let started = child::start(&self.config, index, launch, directory, self.ring_fd.as_fd(), self.replies.as_fd())?;
         let log = Rc::new(RefCell::new(RankLog::open(&self.log_dir, rank, self.log.clone())));
@@ -377,14 +492,22 @@ impl Group {
             let _ = watched.readable().await;
             let _ = events.send(Event::Exited(index));
         });
+        let stacks = Rc::new(Stacks::new(started.process.id(), started.stacks)?);
         started.control.set_nonblocking(true)?;
         let control = tokio::net::UnixStream::from_std(started.control)?;
-        let (events, boot) = (self.events.clone(), launch.boot.clone());
+        let (events, boot, link_boot) = (self.events.clone(), launch.boot.clone(), Rc::clone(link_boot));
         spawn_local(async move {
-            if let Some(versions) = boot_worker(control, &boot).await {
+            if let Some(versions) = boot_worker(control, &boot, &link_boot).await {
                 let _ = events.send(Event::Ready(index, versions));
             }
         });
+        started.links.set_nonblocking(true)?;
+        let socket = tokio::net::UnixStream::from_std(started.links)?;
+        let (arrivals, arriving) = mpsc::unbounded_channel();
+        let events = self.events.clone();
+        spawn_local(links::serve(socket, arriving, move |report| {
+            let _ = events.send(Event::Link(index, report));
+        }));
         self.workers.push(Worker {
             rank,
             pid: started.process.id(),
@@ -392,6 +515,8 @@ impl Group {
             pidfd,
             log,
             pipes,
+            stacks,
+            arrivals,
             ready: false,
             told: WorkerState::Dead,
             status: None,
@@ -510,8 +635,13 @@ pub(super) fn remove_files(config: &KeeperConfig) {
 }
 
 /// Sends the boot bytes and waits for `ready`; `None` where the worker ends before that.
-async fn boot_worker(mut control: tokio::net::UnixStream, boot: &[u8]) -> Option<Vec<(String, String)>> {
+async fn boot_worker(
+    mut control: tokio::net::UnixStream,
+    boot: &[u8],
+    link_boot: &[u8],
+) -> Option<Vec<(String, String)>> {
     framing::write_frame(&mut control, boot, MAX_LOCAL_MESSAGE).await.ok()?;
+    framing::write_frame(&mut control, link_boot, MAX_LOCAL_MESSAGE).await.ok()?;
     let ready = framing::read_frame(&mut control, MAX_VERSIONS).await.ok()?;
     let versions = codec::decode::<Vec<(String, String)>>(&ready).ok()?;
     // Held open for the life of the worker, which has nothing more to say here.

@@ -83,6 +83,11 @@ impl RankLog {
         self.forward.wake();
     }
 
+    /// Text for the file alone: the driver gets it by another way.
+    pub(super) fn keep(&mut self, text: &str) {
+        self.write(text.as_bytes());
+    }
+
     fn line(&mut self, bytes: &[u8], stderr: bool) {
         self.write(bytes);
         let text = String::from_utf8_lossy(bytes);

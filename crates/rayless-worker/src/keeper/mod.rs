@@ -9,8 +9,11 @@ mod child;
 mod door;
 mod group;
 mod handle;
+mod links;
 mod logs;
+mod look;
 mod reap;
+mod stacks;
 mod step;
 
 pub use handle::{HandOver, KeeperHandle, KeeperRemote, adopt, spawn};

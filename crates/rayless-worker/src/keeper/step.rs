@@ -6,7 +6,7 @@ use crate::{
     event,
     ring::{AskedSet, CallWriter, Record, ReplyReader, Ring, RingError, timespec},
     session::{Frame, JUST_AFTER, OUTPUT_SOFT_LIMIT, Session, SessionError, plain_header},
-    spin::Spin,
+    spin::{self, Spin},
 };
 use rayless_proto::{
     codec,
@@ -14,7 +14,7 @@ use rayless_proto::{
     limits::{HEARTBEAT_PERIOD, MAX_FRAGMENT, OBSERVER_LATE},
     v1::{
         status::NodeState,
-        step::{FLAG_ERROR, FLAG_LAST, Header, KeeperEvent, Kind, Launch},
+        step::{FLAG_ERROR, FLAG_LAST, Header, KeeperEvent, Kind, Launch, Look},
     },
 };
 use rustix::event::epoll;
@@ -64,6 +64,8 @@ pub(super) enum News {
     Launch(Box<Launch>),
     /// The driver wants the end; empty cause for an orderly one.
     Stop(String),
+    /// The driver asks what the ranks do.
+    Look(Look),
     /// The session is over; one line.
     Lost(String),
     /// A worker wrote nonsense into shared memory.
@@ -129,7 +131,7 @@ impl StepThread {
             readers: (0..setup.ranks.len()).map(|reader| ReplyReader::new(Arc::clone(&setup.ring), reader)).collect(),
             index: setup.ranks.iter().enumerate().map(|(index, rank)| (*rank, index)).collect(),
             writer: CallWriter::new(Arc::clone(&setup.ring)),
-            spin: Spin::among(setup.ranks.len() + 1),
+            spin: spin::among(setup.ranks.len() + 1),
             setup,
             orders: receiver,
             wake: Arc::clone(&wake),
@@ -294,6 +296,10 @@ impl Step {
             Kind::Stop => {
                 let cause = String::from_utf8_lossy(&frame.payload).into_owned();
                 let _ = self.setup.news.send(News::Stop(cause));
+            }
+            Kind::Look => {
+                let look = codec::decode::<Look>(&frame.payload).map_err(|e| broken(e.to_string()))?;
+                let _ = self.setup.news.send(News::Look(look));
             }
             Kind::Call if !self.local => self.take_call(header, frame.payload)?,
             Kind::Call | Kind::Reply | Kind::Event | Kind::Log => {

@@ -5,8 +5,8 @@
 //! ```text
 //! 0      header page: magic and sizes, then on cache lines of their own the writer's position, the wake word, the flags,
 //!        and the latches (call id and number of replies still owed, for the last 128 calls)
-//! 4096   per reader 256 bytes: its position in the call ring, whether it is gone, what it is doing;
-//!        head (worker), tail (collector) and wake word of its reply ring
+//! 4096   per reader 384 bytes: its position in the call ring, whether it is gone, what it is doing;
+//!        head (worker), tail (collector) and wake word of its reply ring; since when it does it, in a word of its own
 //! …      the call ring: one writer (the driver on its own host, the keeper elsewhere), every worker reads everything
 //! …      a reply ring per worker: one writer (the worker), one reader (the collector, the same process as the call ring's writer)
 //! ```
@@ -34,9 +34,9 @@ pub(crate) use replies::{ReplyReader, ReplyWriter};
 use crate::event;
 use map::Map;
 use rayless_proto::{
-    ids::CallId,
-    limits::{MAX_WORKERS_PER_HOST, REPLY_RING_BYTES, RING_BYTES},
-    v1::control::WorkerState,
+    ids::{CallId, Rank},
+    limits::{MAX_DOING, MAX_WORKERS_PER_HOST, REPLY_RING_BYTES, RING_BYTES},
+    v1::{control::WorkerState, step::LinkMoved},
 };
 use rustix::thread::futex;
 use std::{
@@ -68,7 +68,7 @@ const AT_COLLECTOR_SLEEPS: usize = 768;
 const AT_LATCHES: usize = 1024;
 const LATCHES: usize = 128;
 const AT_SLOTS: usize = 4096;
-const SLOT: usize = 256;
+const SLOT: usize = 384;
 /// Within a slot.
 const SLOT_READ: usize = 0;
 const SLOT_GONE: usize = 8;
@@ -77,6 +77,16 @@ const SLOT_CALL: usize = 24;
 const SLOT_HEAD: usize = 64;
 const SLOT_TAIL: usize = 128;
 const SLOT_REPLIER_WAITS: usize = 192;
+/// `MAX_DOING` bytes of text, ended by a zero where it is shorter.
+const SLOT_DOING: usize = 256;
+/// Milliseconds of the monotonic clock at the last progress.
+const SLOT_SINCE: usize = 320;
+/// Of the link that last moved a message: number of the message plus one (0: none), rank at the other end, channel and direction.
+const SLOT_LINK_SEQUENCE: usize = 328;
+const SLOT_LINK_PEER: usize = 336;
+const SLOT_LINK_CHANNEL: usize = 340;
+/// Added to the channel where this end receives.
+const RECEIVING: u32 = 1 << 16;
 
 /// A worker wrote something impossible into shared memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -184,8 +194,9 @@ impl Ring {
         self.map.word32(Self::slot(reader, SLOT_GONE)).store(1, Ordering::SeqCst);
     }
 
-    /// A worker's own note of what it does.
+    /// A worker's own note of what it does. That it changes is progress.
     pub(crate) fn set_state(&self, reader: usize, state: WorkerState, call: CallId) {
+        self.set_since(reader);
         self.map.word64(Self::slot(reader, SLOT_CALL)).store(call, Ordering::Relaxed);
         self.map.word32(Self::slot(reader, SLOT_STATE)).store(state as u32, Ordering::Release);
     }
@@ -199,6 +210,60 @@ impl Ring {
             _ => WorkerState::Starting,
         };
         (state, self.map.word64(Self::slot(reader, SLOT_CALL)).load(Ordering::Relaxed))
+    }
+
+    fn set_since(&self, reader: usize) {
+        self.map.word64(Self::slot(reader, SLOT_SINCE)).store(monotonic_ms(), Ordering::Relaxed);
+    }
+
+    /// A worker's own word for what it is in; longer text is cut.
+    pub(crate) fn set_doing(&self, reader: usize, text: &str) {
+        let mut bytes = [0; MAX_DOING];
+        let length = (0..=text.len().min(MAX_DOING)).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
+        bytes[..length].copy_from_slice(&text.as_bytes()[..length]);
+        self.map.write(Self::slot(reader, SLOT_DOING), &bytes);
+        self.set_since(reader);
+    }
+
+    /// What a worker says it is in. For people only, like [`Self::state`]: it may be half of one text and half of the next.
+    pub(crate) fn doing(&self, reader: usize) -> String {
+        let mut bytes = [0; MAX_DOING];
+        self.map.read(Self::slot(reader, SLOT_DOING), &mut bytes);
+        let length = bytes.iter().position(|byte| *byte == 0).unwrap_or(MAX_DOING);
+        // No worker puts lines of its own making into what others print.
+        String::from_utf8_lossy(&bytes[..length]).chars().filter(|c| !c.is_control()).collect()
+    }
+
+    /// A link of this worker began a message.
+    pub(crate) fn set_link_moved(&self, reader: usize, moved: LinkMoved) {
+        let channel = u32::from(moved.channel) + if moved.receiving { RECEIVING } else { 0 };
+        self.map.word32(Self::slot(reader, SLOT_LINK_PEER)).store(moved.peer, Ordering::Relaxed);
+        self.map.word32(Self::slot(reader, SLOT_LINK_CHANNEL)).store(channel, Ordering::Relaxed);
+        self.map
+            .word64(Self::slot(reader, SLOT_LINK_SEQUENCE))
+            .store(moved.sequence.saturating_add(1), Ordering::Relaxed);
+        self.set_since(reader);
+    }
+
+    /// The link that last moved a message, by the worker's own word.
+    pub(crate) fn link_moved(&self, reader: usize) -> Option<LinkMoved> {
+        let sequence = self.map.word64(Self::slot(reader, SLOT_LINK_SEQUENCE)).load(Ordering::Relaxed);
+        let channel = self.map.word32(Self::slot(reader, SLOT_LINK_CHANNEL)).load(Ordering::Relaxed);
+        let peer: Rank = self.map.word32(Self::slot(reader, SLOT_LINK_PEER)).load(Ordering::Relaxed);
+        sequence.checked_sub(1).map(|sequence| LinkMoved {
+            peer,
+            channel: (channel & 0xffff) as u16,
+            receiving: channel & RECEIVING != 0,
+            sequence,
+        })
+    }
+
+    /// Milliseconds since a worker last made progress, 0 where it never said.
+    pub(crate) fn still_ms(&self, reader: usize) -> u64 {
+        match self.map.word64(Self::slot(reader, SLOT_SINCE)).load(Ordering::Relaxed) {
+            0 => 0,
+            since => monotonic_ms().saturating_sub(since),
+        }
     }
 
     /// The collector is about to sleep: replies from here on wake it. It must look for replies once more after this.
@@ -272,6 +337,12 @@ fn wait_word(word: &AtomicU32, value: u32, deadline: Option<Instant>) -> Waited 
         Err(rustix::io::Errno::INTR) => Waited::Interrupted,
         Ok(()) | Err(_) => Waited::Changed,
     }
+}
+
+/// All processes of a host read the same clock.
+fn monotonic_ms() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    u64::try_from(now.tv_sec).unwrap_or(0) * 1000 + u64::try_from(now.tv_nsec).unwrap_or(0) / 1_000_000
 }
 
 pub(crate) fn timespec(duration: Duration) -> rustix::time::Timespec {

@@ -16,6 +16,8 @@ mod bench;
 mod calls;
 mod deaths;
 mod keepers;
+mod links;
+mod stuck;
 mod worker;
 mod world;
 
@@ -48,7 +50,7 @@ fn main() -> ExitCode {
         _ => {}
     }
     let named: Vec<&String> = arguments.iter().filter(|argument| !argument.starts_with('-')).collect();
-    let stories = [calls::STORIES, deaths::STORIES, keepers::STORIES].concat();
+    let stories = [calls::STORIES, deaths::STORIES, keepers::STORIES, links::STORIES, stuck::STORIES].concat();
     if arguments.iter().any(|argument| argument == "--list") {
         stories.iter().for_each(|(name, _)| println!("{name}: test"));
         return ExitCode::SUCCESS;

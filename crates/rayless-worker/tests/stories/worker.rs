@@ -54,6 +54,7 @@ pub(crate) fn main() -> ExitCode {
             }
             _ => (word, text, number),
         };
+        worker.doing(&word);
         match word.as_str() {
             "done" => {
                 let list: Vec<String> = done.iter().map(u64::to_string).collect();
@@ -61,6 +62,14 @@ pub(crate) fn main() -> ExitCode {
             }
             "sleep" => {
                 std::thread::sleep(Duration::from_millis(number));
+                reply(me.as_bytes());
+            }
+            // For `number` times 100 ms, with a word each time.
+            "note" => {
+                for part in 0..number {
+                    worker.doing(&format!("part {part}"));
+                    std::thread::sleep(Duration::from_millis(100));
+                }
                 reply(me.as_bytes());
             }
             "length" => {
@@ -99,6 +108,15 @@ pub(crate) fn main() -> ExitCode {
                 let out = Command::new("setsid").args(["sh", "-c", "sleep 1000 >/dev/null 2>&1 & echo $!"]).output();
                 reply(String::from_utf8_lossy(&out.unwrap().stdout).trim().as_bytes());
             }
+            // `link FROM TO CHANNEL MESSAGES`
+            "link" => match crate::links::at_worker(&worker, &text) {
+                Ok(told) => {
+                    reply(told.as_bytes());
+                }
+                Err(error) => {
+                    let _ = worker.reply(call.id, true, error.as_bytes());
+                }
+            },
             "cwd" => {
                 reply(std::env::current_dir().unwrap().to_string_lossy().as_bytes());
             }

@@ -10,6 +10,7 @@ use rayless_proto::{
     v1::{
         control::{NodeEnv, PlacedNode, Placement, RankAllocation},
         keeper::{FromKeeper, KeeperConfig},
+        link::LinkPolicy,
         step::Launch,
     },
 };
@@ -106,14 +107,14 @@ impl World {
                 leaf: identity.issue_delegate().unwrap(),
                 dead_after_ms: shape.dead_after.as_millis() as u64,
                 driver_wait_ms: shape.driver_wait.as_millis() as u64,
+                link_policy: LinkPolicy::default(),
+                rdma_ports: (0, 0),
             };
             let handle = runtime.block_on(keeper::spawn(&std::env::current_exe().unwrap(), &config)).unwrap();
-            let port = if name == "a" {
+            if name == "a" {
                 local_keeper = Some(handle.socket().clone());
-                1
-            } else {
-                hand_sessions_over(&runtime, &handle)
-            };
+            }
+            let port = hand_sessions_over(&runtime, &handle);
             for (local_rank, rank) in ranks.iter().enumerate() {
                 placements.push(Placement {
                     rank: *rank,
@@ -160,6 +161,7 @@ impl World {
                 .collect(),
             rank_env: Vec::new(),
             boot: b"boot bytes".to_vec(),
+            links: None,
         }
     }
 

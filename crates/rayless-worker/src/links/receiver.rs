@@ -1,0 +1,180 @@
+//! The receiving end of a link: waits for its sender, then has it try one transport after the other.
+
+use super::{
+    Asked, LinkFault, PROOF, STREAMS, policy,
+    report::{self, Live},
+    ticket,
+};
+use rayless_fabric::{Acceptor, RecvLink, Ticket, Wait, select::Policy};
+use rayless_net::link::{Channel, ChannelError};
+use rayless_proto::{
+    codec,
+    v1::link::{
+        LinkAnswer, LinkOffer, LinkOutcome, LinkPlace, LinkPolicy, LinkState, LinkTransport, LinkTry, MAX_LINK_FRAME,
+    },
+};
+
+/// How an agreement with a sender failed.
+enum Failure {
+    /// With this sender's call; it, or another one, may call again.
+    Call(String),
+    /// For good.
+    Link(LinkFault),
+}
+
+impl From<ChannelError> for Failure {
+    fn from(error: ChannelError) -> Self {
+        Self::Call(error.to_string())
+    }
+}
+
+/// See [`super::Links::recv_link`].
+pub(super) fn open(asked: &Asked<'_>) -> Result<(RecvLink, Live), LinkFault> {
+    let mut last = String::new();
+    loop {
+        let Some((channel, offer)) = asked.shared.next_offer(asked.link, &asked.patience) else {
+            let (from, to) = (asked.link.from, asked.link.to);
+            let hint = format!("{} has to call send_link({to}, channel={})", asked.named(from), asked.link.channel);
+            return Err(asked.stopped(format!("no sender came to {}", asked.named(to)), &last, hint));
+        };
+        match agree(asked, channel, &offer) {
+            Ok(opened) => return Ok(opened),
+            Err(Failure::Call(reason)) => last = reason,
+            Err(Failure::Link(fault)) => return Err(fault),
+        }
+    }
+}
+
+/// Talks one sender's offer through to its end.
+fn agree(asked: &Asked<'_>, mut channel: Channel, offer: &LinkOffer) -> Result<(RecvLink, Live), Failure> {
+    let boot = asked.shared.boot().map_err(Failure::Link)?;
+    let sender = format!("node {}", offer.node_name);
+    let receiver = format!("node {}", asked.shared.node_name(asked.link.to));
+    let policy = match policy::together((&offer.policy, &sender), (&boot.policy, &receiver)) {
+        Ok(policy) => policy,
+        Err(contradiction) => {
+            let reason = contradiction.to_string();
+            channel.send(&codec::encode(&LinkAnswer::Refused(reason.clone())), &asked.patience)?;
+            return Err(Failure::Link(LinkFault::Refused(reason)));
+        }
+    };
+    let mut rejected = Vec::new();
+    for transport in [LinkTransport::Shm, LinkTransport::Rdma, LinkTransport::Tcp] {
+        let place = match place_of(asked, transport, offer, &policy) {
+            Ok(place) => place,
+            Err(reason) => {
+                rejected.push((transport, reason));
+                continue;
+            }
+        };
+        match attempt(asked, &mut channel, place, &policy)? {
+            Ok(link) => {
+                let settled = LinkAnswer::Settled { rejected: rejected.clone() };
+                channel.send(&codec::encode(&settled), &asked.patience)?;
+                let mut report = report::plain(asked.link, false, LinkState::Open);
+                report.transport = Some(transport);
+                report.device = link.device().unwrap_or_default().to_owned();
+                report.rejected = rejected;
+                report.verified = policy.verify;
+                let probe = link.probe();
+                return Ok((link, Live { report, probe }));
+            }
+            Err(reason) => rejected.push((transport, reason)),
+        }
+    }
+    let hint = hint(&rejected);
+    let fault = LinkFault::NoTransport { rejected, hint };
+    channel.send(&codec::encode(&LinkAnswer::Refused(fault.to_string())), &asked.patience)?;
+    Err(Failure::Link(fault))
+}
+
+/// Where the sender may open `transport`, or why not.
+fn place_of(
+    asked: &Asked<'_>,
+    transport: LinkTransport,
+    offer: &LinkOffer,
+    policy: &LinkPolicy,
+) -> Result<LinkPlace, String> {
+    let allowed = Policy {
+        only: policy.only.map(report::level),
+        allow_tcp: policy.allow_tcp == Some(true),
+        any_rdma_device: !offer.rdma_devices.is_empty(),
+    };
+    if let Some(refusal) = allowed.refusal(report::level(transport)) {
+        return Err(refusal);
+    }
+    let shared = asked.shared;
+    match transport {
+        LinkTransport::Shm => {
+            let host = shared.node(asked.link.to).map_or("", |node| node.host_id.as_str());
+            if host != offer.host_id {
+                return Err(format!("{} and {} are two hosts", offer.node_name, shared.node_name(asked.link.to)));
+            }
+            let socket = shared.boot().map(|boot| boot.keeper_socket.clone()).map_err(|fault| fault.to_string())?;
+            Ok(LinkPlace::Shm { keeper_socket: socket })
+        }
+        LinkTransport::Rdma => Err("links over RDMA are not opened yet by this build".to_owned()),
+        LinkTransport::Tcp => Ok(LinkPlace::Tcp { streams: STREAMS, encrypt: false }),
+    }
+}
+
+/// Has the sender open a transport. The inner error is why that came to nothing; the outer one, that the sender is gone.
+fn attempt(
+    asked: &Asked<'_>,
+    channel: &mut Channel,
+    place: LinkPlace,
+    policy: &LinkPolicy,
+) -> Result<Result<RecvLink, String>, Failure> {
+    let ticket = match ticket::of_attempt() {
+        Ok(ticket) => ticket,
+        Err(reason) => return Ok(Err(reason)),
+    };
+    let mut acceptor = Acceptor::default();
+    acceptor.expect(asked.link, Ticket(ticket), asked.config(policy.verify));
+    asked.shared.expect(asked.link, ticket);
+    let answer = LinkAnswer::Try(LinkTry { ticket, verify: policy.verify, place });
+    channel.send(&codec::encode(&answer), &asked.patience)?;
+    let opened = accept(asked, channel, &mut acceptor)?.and_then(|mut link| {
+        let stop = || asked.patience.left().is_none();
+        match link.prove(&Wait::at_most(PROOF).with_check(&stop)) {
+            Ok(()) => Ok(link),
+            Err(error) => Err(error.to_string()),
+        }
+    });
+    // Where it failed here the link is closed by now, so the sender comes to an end too.
+    let said = channel.receive(MAX_LINK_FRAME, &asked.patience)?;
+    let outcome = codec::decode::<LinkOutcome>(&said).map_err(|error| Failure::Call(error.to_string()))?;
+    Ok(match (opened, outcome) {
+        (Ok(link), LinkOutcome::Proven) => Ok(link),
+        (_, LinkOutcome::Failed(reason)) => Err(format!("{reason} (at {})", asked.named(asked.link.from))),
+        (Err(reason), LinkOutcome::Proven) => Err(format!("{reason} (at {})", asked.named(asked.link.to))),
+    })
+}
+
+/// Takes the streams of an attempt as they come, until the link is whole or the sender has something else to say.
+fn accept(asked: &Asked<'_>, channel: &Channel, acceptor: &mut Acceptor) -> Result<Result<RecvLink, String>, Failure> {
+    let mut last = "no stream of it came".to_owned();
+    loop {
+        if let Some(greeted) = asked.shared.next_stream(asked.link, &asked.patience) {
+            match acceptor.admit(greeted) {
+                Ok(Some(link)) => return Ok(Ok(link)),
+                Ok(None) => {}
+                Err(error) => last = error.to_string(),
+            }
+        } else if channel.has_news() {
+            // What it is will be read by the caller: a failure, or that the sender is gone.
+            return Ok(Err(last));
+        } else if asked.patience.left().is_none() {
+            return Err(ChannelError::Stopped.into());
+        }
+    }
+}
+
+fn hint(rejected: &[(LinkTransport, String)]) -> String {
+    let tcp = rejected.iter().any(|(transport, why)| *transport == LinkTransport::Tcp && why.contains("--allow-tcp"));
+    if tcp {
+        "repair what keeps RDMA from working (`rayless doctor`), or allow TCP with --allow-tcp".to_owned()
+    } else {
+        "`rayless status` shows the transports of all links; --transport auto allows every one".to_owned()
+    }
+}

@@ -1,0 +1,82 @@
+//! What a worker tells of its links.
+
+use super::{LinkFault, error::reasons};
+use rayless_fabric::{Level, LinkName, Phase, Probe};
+use rayless_proto::v1::link::{LinkReport, LinkState, LinkTransport};
+use std::sync::Arc;
+
+/// A link that is open, as it was last told.
+#[derive(Debug)]
+pub(super) struct Live {
+    pub(super) report: LinkReport,
+    pub(super) probe: Arc<Probe>,
+}
+
+impl Live {
+    /// A new report where something changed since the last one.
+    pub(super) fn look(&mut self) -> Option<&LinkReport> {
+        let report = &mut self.report;
+        let (messages, bytes) = (self.probe.messages(), self.probe.bytes());
+        let (state, cause) = match self.probe.phase() {
+            Phase::Closed => (LinkState::Closed, String::new()),
+            Phase::Lost => (LinkState::Failed, format!("lost after {messages} messages")),
+            _ => (LinkState::Open, String::new()),
+        };
+        if report.state == state && (report.messages, report.bytes) == (messages, bytes) {
+            return None;
+        }
+        (report.state, report.cause) = (state, cause);
+        (report.messages, report.bytes) = (messages, bytes);
+        Some(report)
+    }
+
+    pub(super) fn is_over(&self) -> bool {
+        self.report.state != LinkState::Open
+    }
+}
+
+/// With nothing settled yet.
+pub(super) const fn plain(link: LinkName, by_sender: bool, state: LinkState) -> LinkReport {
+    LinkReport {
+        from: link.from,
+        to: link.to,
+        channel: link.channel,
+        by_sender,
+        state,
+        cause: String::new(),
+        transport: None,
+        device: String::new(),
+        gid: String::new(),
+        mtu: 0,
+        rejected: Vec::new(),
+        encrypted: false,
+        verified: false,
+        messages: 0,
+        bytes: 0,
+    }
+}
+
+/// Why there is none.
+pub(super) fn failed(link: LinkName, by_sender: bool, fault: &LinkFault) -> LinkReport {
+    let (cause, rejected) = match fault {
+        LinkFault::NoTransport { rejected, .. } => (format!("no transport: {}", reasons(rejected)), rejected.clone()),
+        other => (other.to_string().lines().next().unwrap_or_default().to_owned(), Vec::new()),
+    };
+    LinkReport { cause, rejected, ..plain(link, by_sender, LinkState::Failed) }
+}
+
+pub(super) const fn transport(level: Level) -> LinkTransport {
+    match level {
+        Level::Tcp => LinkTransport::Tcp,
+        Level::Rdma => LinkTransport::Rdma,
+        Level::Shm => LinkTransport::Shm,
+    }
+}
+
+pub(super) const fn level(transport: LinkTransport) -> Level {
+    match transport {
+        LinkTransport::Tcp => Level::Tcp,
+        LinkTransport::Rdma => Level::Rdma,
+        LinkTransport::Shm => Level::Shm,
+    }
+}
