@@ -7,3 +7,4 @@ pub mod knobs;
 pub mod node_env;
 pub mod run_dir;
 pub mod status_text;
+pub mod store;

@@ -8,10 +8,13 @@ use rayless_proto::{
 };
 use serde_json::{Value, json};
 use std::{
-    sync::{Arc, Mutex, PoisonError, atomic::{AtomicUsize, Ordering::Relaxed}},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
     time::Duration,
 };
-use tokio::time::timeout;
+use tokio::{sync::Notify, time::timeout};
 
 /// Which of the store's servers is spoken to, and the login there: shared by requests and watch, which move on together.
 #[derive(Clone)]
@@ -19,11 +22,12 @@ pub(crate) struct Servers {
     config: Arc<StoreConfig>,
     at: Arc<AtomicUsize>,
     token: Arc<Mutex<Option<String>>>,
+    moved: Arc<Notify>,
 }
 
 impl Servers {
     pub(crate) fn new(config: StoreConfig) -> Self {
-        Self { config: Arc::new(config), at: Arc::default(), token: Arc::default() }
+        Self { config: Arc::new(config), at: Arc::default(), token: Arc::default(), moved: Arc::default() }
     }
 
     /// How many there are.
@@ -38,7 +42,14 @@ impl Servers {
 
     /// The present one did not answer: the next, unless somebody has moved on meanwhile.
     pub(crate) fn move_on(&self, from: usize) {
-        let _ = self.at.compare_exchange(from, (from + 1) % self.count(), Relaxed, Relaxed);
+        if self.at.compare_exchange(from, (from + 1) % self.count(), Relaxed, Relaxed).is_ok() {
+            self.moved.notify_waiters();
+        }
+    }
+
+    /// Somebody has moved on.
+    pub(crate) async fn moved(&self) {
+        self.moved.notified().await;
     }
 
     fn login(&self) -> Option<String> {
@@ -101,7 +112,9 @@ impl Etcd {
             // A stream of one answer has it under `result`.
             let answer: Value = serde_json::from_slice(&text).map_err(|_| odd("an answer that is no JSON"))?;
             return match answer.get("error") {
-                Some(error) => Err(refusal(error["code"].as_u64().or_else(|| error["grpc_code"].as_u64()), &error["message"])),
+                Some(error) => {
+                    Err(refusal(error["code"].as_u64().or_else(|| error["grpc_code"].as_u64()), &error["message"]))
+                }
                 None => Ok(answer),
             };
         }
@@ -140,7 +153,11 @@ impl Etcd {
     /// Takes a seat under a lease.
     pub(crate) async fn sit(&mut self, seat: &Seat, lease: u64) -> Result<(), StoreError> {
         let key = self.key(&format!("seats/{}", seat.seat.node));
-        self.call("kv/put", json!({ "key": key, "value": encode(seat.json(None).to_string().as_bytes()), "lease": lease.to_string() })).await?;
+        self.call(
+            "kv/put",
+            json!({ "key": key, "value": encode(seat.json(None).to_string().as_bytes()), "lease": lease.to_string() }),
+        )
+        .await?;
         Ok(())
     }
 
@@ -187,7 +204,8 @@ impl Etcd {
         };
         let mut seats = Vec::new();
         for pair in answer["kvs"].as_array().into_iter().flatten() {
-            let text = |name: &str| pair[name].as_str().and_then(decode).and_then(|bytes| String::from_utf8(bytes).ok());
+            let text =
+                |name: &str| pair[name].as_str().and_then(decode).and_then(|bytes| String::from_utf8(bytes).ok());
             let (Some(key), Some(value)) = (text("key"), text("value")) else { continue };
             let name = key.strip_prefix(&self.servers.config.prefix).unwrap_or_default();
             match name {
@@ -274,7 +292,8 @@ impl Seat {
             address: value["address"].as_str()?.to_owned(),
             active: false,
         };
-        let authorities = value["authorities"].as_array()?.iter().filter_map(|a| Some(a.as_str()?.to_owned())).collect();
+        let authorities =
+            value["authorities"].as_array()?.iter().filter_map(|a| Some(a.as_str()?.to_owned())).collect();
         Some((Self { seat, authorities }, Term(value["term"].as_u64().unwrap_or(0))))
     }
 }
@@ -289,6 +308,8 @@ fn refusal(code: Option<u64>, message: &Value) -> StoreError {
     match code {
         Some(5) if message.contains("lease") => StoreError::LeaseOver,
         Some(3 | 7 | 16) => StoreError::Denied(message),
+        // Too slow, or without a leader: another server may know better.
+        Some(4 | 14) => StoreError::Unreachable(message),
         _ => StoreError::Odd(message),
     }
 }
@@ -304,7 +325,10 @@ fn number(value: &Value) -> Result<u64, StoreError> {
 }
 
 /// Within a time.
-pub(crate) async fn within<T>(time: Duration, call: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
+pub(crate) async fn within<T>(
+    time: Duration,
+    call: impl Future<Output = Result<T, StoreError>>,
+) -> Result<T, StoreError> {
     timeout(time, call).await.unwrap_or_else(|_| Err(StoreError::Unreachable("no answer".to_owned())))
 }
 
@@ -345,9 +369,13 @@ mod tests {
 
     #[test]
     fn base_64_as_in_rfc_4648() {
-        let known = [("", ""), ("f", "Zg=="), ("fo", "Zm8="), ("foo", "Zm9v"), ("foob", "Zm9vYg=="), ("foobar", "Zm9vYmFy")];
+        let known =
+            [("", ""), ("f", "Zg=="), ("fo", "Zm8="), ("foo", "Zm9v"), ("foob", "Zm9vYg=="), ("foobar", "Zm9vYmFy")];
         for (plain, coded) in known {
-            assert_eq!((encode(plain.as_bytes()).as_str(), decode(coded).unwrap().as_slice()), (coded, plain.as_bytes()));
+            assert_eq!(
+                (encode(plain.as_bytes()).as_str(), decode(coded).unwrap().as_slice()),
+                (coded, plain.as_bytes())
+            );
         }
         assert_eq!(decode(&encode(&[255, 0, 254])).unwrap(), [255, 0, 254]);
         assert_eq!(decode("a b"), None);

@@ -2,8 +2,8 @@
 //! never ends. Bodies are bounded; nothing is decoded that is longer.
 
 use super::StoreError;
-use rustls::{ClientConfig, pki_types::ServerName};
 use rustix::net::sockopt;
+use rustls::{ClientConfig, pki_types::ServerName};
 use std::{fmt, io, sync::Arc, time::Duration};
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},

@@ -126,7 +126,10 @@ impl StoreConfig {
 
 impl fmt::Debug for StoreConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("StoreConfig").field("servers", &self.servers).field("prefix", &self.prefix).finish_non_exhaustive()
+        f.debug_struct("StoreConfig")
+            .field("servers", &self.servers)
+            .field("prefix", &self.prefix)
+            .finish_non_exhaustive()
     }
 }
 
@@ -136,7 +139,8 @@ fn usage(cause: impl fmt::Display, hint: impl fmt::Display) -> StoreUsageError {
 
 fn parse(address: &str) -> Result<(Vec<String>, String), StoreUsageError> {
     let bad = |why: &str| {
-        let hint = format!("give `etcd://HOST:PORT`, for example `etcd://10.0.0.9:{DEFAULT_PORT}`, several with commas");
+        let hint =
+            format!("give `etcd://HOST:PORT`, for example `etcd://10.0.0.9:{DEFAULT_PORT}`, several with commas");
         usage(format_args!("`{address}` is no store: {why}"), hint)
     };
     let rest = address.strip_prefix("etcd://").ok_or_else(|| bad("it does not begin with `etcd://`"))?;
@@ -247,9 +251,23 @@ mod tests {
             ("etcd://[fd00::1]", &["[fd00::1]:2379"], "default"),
         ];
         for (given, servers, name) in cases {
-            assert_eq!(parse(given).unwrap(), (servers.iter().map(ToString::to_string).collect(), name.to_owned()), "{given}");
+            assert_eq!(
+                parse(given).unwrap(),
+                (servers.iter().map(ToString::to_string).collect(), name.to_owned()),
+                "{given}"
+            );
         }
-        for bad in ["", "10.0.0.9:2379", "http://a", "etcd://", "etcd://a:x", "etcd://a:0", "etcd://a,,b", "etcd://a/b/c", "etcd://u:p@h"] {
+        for bad in [
+            "",
+            "10.0.0.9:2379",
+            "http://a",
+            "etcd://",
+            "etcd://a:x",
+            "etcd://a:0",
+            "etcd://a,,b",
+            "etcd://a/b/c",
+            "etcd://u:p@h",
+        ] {
             let told = parse(bad).unwrap_err().to_string();
             assert!(told.contains("\nhint: "), "{told}");
         }
@@ -260,7 +278,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("password");
         fs::write(&file, "secret\n").unwrap();
-        let access = StoreAccess { user: Some("u".into()), password_file: Some(file.clone()), ..StoreAccess::default() };
+        let access =
+            StoreAccess { user: Some("u".into()), password_file: Some(file.clone()), ..StoreAccess::default() };
         let mode = |mode| fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(mode)).unwrap();
         mode(0o644);
         let told = StoreConfig::new("etcd://127.0.0.1", &access).unwrap_err().to_string();
