@@ -157,7 +157,8 @@ impl Head {
 
     /// When to hand in [`Input::Timer`] at the latest.
     pub fn next_timeout(&self) -> Option<Instant> {
-        let waits = self.queue.iter().map(|w| w.next_report.min(w.until));
+        // Who is doubted is neither told nor refused before the doubt ends.
+        let waits = self.queue.iter().map(|w| w.doubted.map_or_else(|| w.next_report.min(w.until), queue::doubt_ends));
         let stops = self.stops.iter().map(|s| s.until);
         let save = self.dirty.then(|| self.saved.map_or(self.started, |at| at + SAVE_PERIOD));
         let awaited = self.nodes.values().filter(|n| !n.is_gone()).filter_map(|n| n.awaited);
