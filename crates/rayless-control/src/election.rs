@@ -150,7 +150,7 @@ pub enum Effect {
         after: Term,
         /// Revision of the head's key as seen; 0: there is none.
         key_revision: u64,
-        /// The cluster, to be written if there is none.
+        /// The cluster: that in the store, or else this daemon's proposal.
         cluster: ClusterId,
     },
     /// Give the lease back, and with it seat and key: the next one takes over at once.
@@ -467,11 +467,12 @@ impl Candidate {
         if !free {
             return;
         }
+        let known_cluster = view.cluster;
         let (after, key_revision) = (view.term, view.head.as_ref().map_or(0, |throne| throne.revision));
         let term = Term(self.config.seen.max(after).0 + 1);
         let attempt = self.next_attempt();
         self.claiming = Some((attempt, now));
-        let cluster = self.config.cluster;
+        let cluster = known_cluster.unwrap_or(self.config.cluster);
         self.effects.push_back(Effect::Claim { attempt, lease, term, after, key_revision, cluster });
     }
 

@@ -228,7 +228,11 @@ impl World {
             election::Effect::Claim { attempt, lease, term, after, key_revision, cluster } => {
                 let present = store.throne.as_ref().map_or(0, |throne| throne.revision);
                 let lives = store.leases.contains_key(&lease);
-                if !lives || present != key_revision || store.term != after {
+                if !lives
+                    || present != key_revision
+                    || store.term != after
+                    || store.cluster.is_some_and(|known| known != cluster)
+                {
                     election::Input::NotClaimed(attempt)
                 } else {
                     if term <= store.term {

@@ -121,6 +121,8 @@ impl Core {
         mut queue: mpsc::Receiver<Event>,
         talk: &mut dyn FnMut(Talk),
     ) -> Result<(), DaemonError> {
+        // What it wants from the start.
+        self.stand_for(election::Input::Timer);
         loop {
             self.carry_out(talk)?;
             if let Flow::End = self.on_time(Instant::now(), talk)? {
