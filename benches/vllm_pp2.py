@@ -1,9 +1,10 @@
-"""vLLM with two pipeline stages on two hosts: rayless beside vLLM's own ``mp --nnodes 2``, in one sitting.
+"""vLLM with two pipeline stages on two hosts: rayless, rayless with the stages' hop left to torch (RAYLESS_PIPELINE=torch), and
+vLLM's own ``mp --nnodes 2``, in one sitting.
 
-    python benches/vllm_pp2.py [--rounds 2] [--repeats 15] [--out FILE]
+    python benches/vllm_pp2.py [--rounds 2] [--repeats 15] [--only SIDE] [--out FILE]
 
 Two network namespaces are the hosts; the model is the tests' tiny Llama, so nearly all of a step is what the executor and
-the hop between the stages cost. The two take turns (A B A B), each alone on the machine while it is measured. A figure is the
+the hop between the stages cost. The sides take turns (A B C A B C), each alone on the machine while it is measured. A figure is the
 time of one step: the difference between a long and a short request, per token, so that prefill and HTTP cancel out.
 Runs with the Python that ``tests/setup/vllm-env`` prints; ``rayless`` on PATH and PYTHONPATH is the one under test.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import statistics
@@ -36,14 +38,15 @@ PROMPT = "What is a pipeline?"
 
 
 @contextlib.contextmanager
-def rayless(pair: list[Host], model: Path, logs: Path) -> Iterator[Server]:
-    """``vllm serve`` with our executor."""
+def rayless(pair: list[Host], model: Path, logs: Path, pipeline: str = "rayless") -> Iterator[Server]:
+    """``vllm serve`` with our executor; ``pipeline``: what joins its stages."""
     with Cluster(pair) as cluster:
         cluster.head(0)
         cluster.join(1)
         cluster.wait_alive(2)
         flags = (*FLAGS, "--distributed-executor-backend", "rayless")
-        with Server(pair[0], cluster.environment(0), model, *flags, log=logs / "rayless.log") as server:
+        environment = cluster.environment(0, {"RAYLESS_PIPELINE": pipeline})
+        with Server(pair[0], environment, model, *flags, log=logs / "rayless.log") as server:
             yield server
 
 
@@ -73,6 +76,7 @@ def multiprocess(pair: list[Host], model: Path, logs: Path) -> Iterator[Server]:
 
 SIDES: dict[str, Callable[[list[Host], Path, Path], contextlib.AbstractContextManager[Server]]] = {
     "rayless": rayless,
+    "rayless, hop by torch": functools.partial(rayless, pipeline="torch"),
     "mp --nnodes 2": multiprocess,
 }
 

@@ -35,6 +35,10 @@ def main() -> None:
     _host = Host(worker)
     worker.ready(list(_versions.installed().items()))
     _host.run()
+    if _host.leave_at_once:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(0)
 
 
 _host: Host | None = None
@@ -84,6 +88,8 @@ class Host:
         self._later: Later | None = None
         #: Id of the call that runs, or ran last: the same on every rank, and greater with every call.
         self.call = 0
+        #: Whether the process may end without taking the interpreter apart: what it hosted has let go of everything.
+        self.leave_at_once = False
 
     @property
     def native(self) -> _rayless.Worker:

@@ -232,6 +232,10 @@ class TensorReceiver:
         self._open = Incoming(self.link, dict(others), list(tensors), note)
         return self._open
 
+    def peek(self, *, step: int | None = None, timeout: float | None = None) -> Announced:
+        """Waits for the next message's header and leaves the message where it is."""
+        return self._next(step, timeout)
+
     def close(self) -> None:
         """Closes this end; the sender's next call fails."""
         self.link.close()

@@ -28,7 +28,7 @@ class Fault:
     who: str
     #: What the line of cause must contain, one of them.
     line: tuple[str, ...] = ()
-    #: Seconds before which nobody may give up: the head vouches for the node.
+    #: Seconds before which nobody may give up.
     not_before: float = 0.0
     #: Processes of the group that cannot end before the fault is undone (what is stopped, what is cut off).
     stays: tuple[str, ...] = ()
@@ -226,9 +226,10 @@ FAULTS = [
         _to_group(_keeper("a"), STOP),
         _continue(_keeper("a")),
         "ends",
-        "the driver (silence)",
+        "the driver (silence, and the kernel says that it is stopped)",
+        ("stopped",),
         stays=ON_A,
-        not_before=8.0,
+        not_before=2.0,
         repeats=5,
     ),
     Fault(
@@ -237,9 +238,10 @@ FAULTS = [
         _to_group(_keeper("b"), STOP),
         _continue(_keeper("b")),
         "ends",
-        "the driver (silence)",
+        "the driver (silence, and the node's daemon says that it is stopped)",
+        ("stopped",),
         stays=ON_B,
-        not_before=8.0,
+        not_before=2.0,
         repeats=5,
     ),
     Fault(

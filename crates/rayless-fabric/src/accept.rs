@@ -7,7 +7,8 @@ use crate::{
     name::{LinkName, Ticket},
     rdma,
     recv::RecvLink,
-    shm, tcp,
+    shm,
+    tcp::{self, tls::Pipe},
     transport::Level,
 };
 use rayless_verbs::{Request, VerbsError};
@@ -29,6 +30,7 @@ pub struct Greeted {
 #[derive(Debug)]
 enum Carrier {
     Tcp(TcpStream),
+    Tls(Box<Pipe>),
     Unix(UnixStream, OwnedFd),
     Rdma(Request),
 }
@@ -41,17 +43,13 @@ impl Greeted {
 
     /// Refuses. The peer may be gone already; the caller gets the reason either way.
     fn refuse(self, reason: &str, within: Duration) {
-        let fd = match &self.carrier {
-            Carrier::Tcp(stream) => stream.as_fd(),
-            Carrier::Unix(stream, _) => stream.as_fd(),
-            Carrier::Rdma(_) => {
-                if let Carrier::Rdma(request) = self.carrier {
-                    request.reject(reason);
-                }
-                return;
-            }
-        };
-        let _ = write_all(fd, &Answer::Refused(reason.to_owned()).encode(), Instant::now() + within);
+        let (answer, deadline) = (Answer::Refused(reason.to_owned()).encode(), Instant::now() + within);
+        match self.carrier {
+            Carrier::Tcp(stream) => drop(write_all(stream.as_fd(), &answer, deadline)),
+            Carrier::Unix(stream, _) => drop(write_all(stream.as_fd(), &answer, deadline)),
+            Carrier::Tls(mut pipe) => pipe.refuse(&answer, deadline),
+            Carrier::Rdma(request) => request.reject(reason),
+        }
     }
 }
 
@@ -86,6 +84,15 @@ pub fn greet_tcp(stream: TcpStream, within: Duration) -> Result<Greeted, GreetEr
     read_exact(stream.as_fd(), &mut bytes, Instant::now() + within).map_err(|e| GreetError::from_io(e, within))?;
     let greeting = Greeting::decode(&bytes).filter(|g| g.level == Level::Tcp).ok_or(GreetError::Malformed)?;
     Ok(Greeted { greeting, carrier: Carrier::Tcp(stream) })
+}
+
+/// Reads the greeting of a link over TCP that stays within TLS.
+pub fn greet_tls(stream: TcpStream, tls: rustls::Connection, within: Duration) -> Result<Greeted, GreetError> {
+    let (bytes, pipe) =
+        Pipe::greeting(stream, tls, Instant::now() + within).map_err(|e| GreetError::from_io(e, within))?;
+    let greeting = Greeting::decode(&bytes).filter(|g| g.level == Level::Tcp && g.count == 1);
+    let greeting = greeting.ok_or(GreetError::Malformed)?;
+    Ok(Greeted { greeting, carrier: Carrier::Tls(Box::new(pipe)) })
 }
 
 /// Reads the greeting of a link over shared memory, and the memory that comes with it.
@@ -164,6 +171,11 @@ impl Acceptor {
             }
             Carrier::Rdma(request) => {
                 let link = rdma::accept(&context, config, request)?;
+                self.expected.remove(&name);
+                return Ok(Some(link));
+            }
+            Carrier::Tls(pipe) => {
+                let link = tcp::tls::receiver(&context, config, *pipe)?;
                 self.expected.remove(&name);
                 return Ok(Some(link));
             }

@@ -191,7 +191,7 @@ impl Context {
         EstablishError::Failed { link: self.link, transport: self.level.name(), cause: format!("{call}: {cause}") }
     }
 
-    fn io_failed(&self, call: &str, error: HandshakeIo) -> EstablishError {
+    pub(crate) fn io_failed(&self, call: &str, error: HandshakeIo) -> EstablishError {
         match error {
             HandshakeIo::TimedOut => self.timed_out(),
             HandshakeIo::Eof => self.failed(call, "the peer closed the connection"),
@@ -232,6 +232,11 @@ fn ready(fd: BorrowedFd<'_>, flags: PollFlags, deadline: Instant) -> Result<(), 
 /// Waits until there is something to read (or a signal came).
 pub(crate) fn readable(fd: BorrowedFd<'_>, deadline: Instant) -> Result<(), HandshakeIo> {
     ready(fd, PollFlags::IN, deadline)
+}
+
+/// The same for something to be written.
+pub(crate) fn writable(fd: BorrowedFd<'_>, deadline: Instant) -> Result<(), HandshakeIo> {
+    ready(fd, PollFlags::OUT, deadline)
 }
 
 pub(crate) fn write_all(fd: BorrowedFd<'_>, mut bytes: &[u8], deadline: Instant) -> Result<(), HandshakeIo> {

@@ -48,7 +48,7 @@ pub mod transport;
 mod wait;
 mod wake;
 
-pub use accept::{Acceptor, GreetError, Greeted, greet_rdma, greet_tcp, greet_unix};
+pub use accept::{Acceptor, GreetError, Greeted, greet_rdma, greet_tcp, greet_tls, greet_unix};
 pub use config::LinkConfig;
 pub use dtype::{DType, DTypeSet, UnknownDType};
 pub use error::{EstablishError, Lost, LostKind, RecvError, Rejected, RejectedKind, SendError, TransportError};

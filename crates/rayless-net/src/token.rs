@@ -4,6 +4,7 @@
 //! then the first 32 bits of SHA-256 over `rl1` and those. A double click selects all of it, it needs no quotes
 //! in a shell, and a slip of the hand is found before anything is sent.
 
+use rayless_proto::ids::TokenMark;
 use ring::{
     digest,
     rand::{SecureRandom, SystemRandom},
@@ -85,6 +86,16 @@ impl Token {
             text.extend((0..8).rev().map(|i| char::from(ALPHABET[(word >> (5 * i) & 31) as usize])));
         }
         text
+    }
+
+    /// Tells it from others without showing it: the first bytes of a hash of 128 random bits.
+    pub fn mark(&self) -> TokenMark {
+        let mut context = digest::Context::new(&digest::SHA256);
+        context.update(b"rayless token mark");
+        context.update(&self.0);
+        let mut mark = [0; 8];
+        mark.copy_from_slice(&context.finish().as_ref()[..8]);
+        TokenMark(mark)
     }
 
     /// The secret bits, for key derivation.
@@ -180,8 +191,11 @@ fn checksum(secret: &[u8; SECRET]) -> [u8; CHECKSUM] {
     out
 }
 
-/// Writes `bytes` to `path` with mode 0600 by way of a file beside it, renamed when it is complete.
-pub(crate) fn write_secret(path: &Path, bytes: &[u8]) -> io::Result<()> {
+/// Writes `bytes` to `path` with mode 0600 by way of a file beside it, renamed when it is complete and on the disk.
+///
+/// # Errors
+/// Those of the file system; `path` then is as it was.
+pub fn write_secret(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let mut beside = path.as_os_str().to_owned();
     beside.push(format!(".{}.new", std::process::id()));
     let beside = PathBuf::from(beside);

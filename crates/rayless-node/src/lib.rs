@@ -8,3 +8,4 @@ pub mod node_env;
 pub mod run_dir;
 pub mod status_text;
 pub mod store;
+pub mod tokens;

@@ -5,7 +5,8 @@
 //! | `daemon.pid` | process of the daemon, locked while it runs: two daemons never share a run dir |
 //! | `daemon.sock` | local clients |
 //! | `daemon.log` | what the daemon says when it has no terminal |
-//! | `token` | the cluster token, where the head made it |
+//! | `token` | the cluster token, where the head made it or where it was rotated |
+//! | `tokens` | once the token was rotated: the present one, the one before it, what they replaced |
 //! | `node.key` | seed of the leaf key; the node's id is the hash of its public part |
 //! | `incarnation` | counted up at each start |
 //! | `term` | where heads take turns: the cluster and the highest term that this node was a member under |
@@ -208,9 +209,14 @@ impl RunDir {
         self.path.join("daemon.log")
     }
 
-    /// The token that a head made.
+    /// The token that a head made, or the present one once it was rotated.
     pub fn token(&self) -> PathBuf {
         self.path.join("token")
+    }
+
+    /// The tokens of a rotation.
+    pub fn tokens(&self) -> PathBuf {
+        self.path.join("tokens")
     }
 
     /// Seed of the leaf key.

@@ -5,7 +5,7 @@
 use rayless_proto::{
     ids::{GroupId, NodeId},
     resources::{CPU, GPU, MEMORY, Resources},
-    v1::status::{GpuState, GroupStatus, NodeState, NodeStatus, StatusReport},
+    v1::status::{GpuState, GroupStatus, NodeState, NodeStatus, StatusReport, TokenStatus},
 };
 use std::{
     collections::BTreeMap,
@@ -21,6 +21,12 @@ pub fn status(report: &StatusReport, now: SystemTime) -> String {
     let mut out = String::new();
     let uptime = age(Duration::from_millis(report.uptime_ms));
     let _ = write!(out, "cluster {}  up {uptime}  protocol {}", short(&report.cluster), report.protocol);
+    if report.term.0 > 0 {
+        let standbys: Vec<String> =
+            report.heads.iter().filter(|seat| !seat.active).map(|seat| label(&seat.name, &short(&seat.node))).collect();
+        let standbys = if standbys.is_empty() { "none".to_owned() } else { standbys.join(", ") };
+        let _ = write!(out, "  term {}  standby {standbys}", report.term.0);
+    }
     if report.refused_handshakes > 0 {
         let _ = write!(out, "  refused handshakes {}", report.refused_handshakes);
     }
@@ -29,6 +35,7 @@ pub fn status(report: &StatusReport, now: SystemTime) -> String {
         vec![["node", "state", "address", "seen", "rtt", "cpu", "gpu", "memory", "other"].map(str::to_owned)];
     rows.extend(report.nodes.iter().map(node_row));
     table(&mut out, &rows);
+    rotation(&mut out, report);
     gpus(&mut out, report);
     groups(&mut out, report);
     if !report.placement_groups.is_empty() {
@@ -112,6 +119,27 @@ fn node_row(node: &NodeStatus) -> [String; 9] {
         if is_gone { "-".to_owned() } else { format!("{}/{} GiB", gib(memory_used.as_f64()), gib(memory.as_f64())) },
         other.join(", "),
     ]
+}
+
+/// Nothing where no rotation of the token is under way.
+fn rotation(out: &mut String, report: &StatusReport) {
+    let TokenStatus { rotating, left_ms, behind, .. } = &report.token;
+    if !rotating && behind.is_empty() {
+        return;
+    }
+    out.push('\n');
+    if *rotating {
+        let end = match left_ms {
+            Some(left) => format!("for {} more", age(Duration::from_millis(*left))),
+            None => "until `rayless token rotate --finish`".to_owned(),
+        };
+        let _ = writeln!(out, "the cluster's token is being rotated: the one before it is accepted {end}");
+    }
+    let names = node_names(report);
+    for (node, problem) in behind {
+        let why = if problem.is_empty() { String::new() } else { format!(": {problem}") };
+        let _ = writeln!(out, "{} has not taken the new token{why}", name_of(&names, node));
+    }
 }
 
 fn gpus(out: &mut String, report: &StatusReport) {
@@ -257,6 +285,7 @@ mod tests {
             protocol: 1,
             uptime_ms: 65_000,
             refused_handshakes: 1,
+            token: TokenStatus::default(),
             nodes: vec![node(head, "a", true), second],
             groups: vec![GroupStatus {
                 id: group,
@@ -300,6 +329,19 @@ mod tests {
              last events\n\
              \x20    5 s ago  node-joined: b joined\n"
         );
+    }
+
+    #[test]
+    fn shows_a_rotation_and_who_is_behind() {
+        let mut report = report();
+        report.token.rotating = true;
+        report.token.behind = vec![(NodeId([2; 32]), "no space".into())];
+        let page = status(&report, UNIX_EPOCH);
+        let told = "\nthe cluster's token is being rotated: the one before it is accepted until `rayless token rotate --finish`\n\
+                    b has not taken the new token: no space\n\n";
+        assert!(page.contains(told), "{page}");
+        report.token.left_ms = Some(90_000);
+        assert!(status(&report, UNIX_EPOCH).contains("is accepted for 90 s more\n"));
     }
 
     #[test]

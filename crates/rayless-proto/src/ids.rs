@@ -70,6 +70,10 @@ hex_id!(
     /// A placement group: made at random by the head.
     PlacementGroupId, 8, "placement group");
 
+hex_id!(
+    /// A cluster token, told from others without being shown: the first bytes of a hash of it.
+    TokenMark, 8, "token");
+
 /// One life of a node: counted up in the run dir at each start of its daemon. A message of a lower
 /// incarnation than the highest seen is a ghost's and is dropped (the idea is SWIM's; foca
 /// `src/identity.rs` carries it in the identity in the same way).

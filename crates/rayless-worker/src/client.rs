@@ -62,13 +62,31 @@ pub(crate) struct Verdict {
     pub(crate) cause: String,
 }
 
+/// What the daemon says without having been asked.
+#[derive(Debug)]
+pub(crate) enum Unasked {
+    Verdict(Verdict),
+    KeeperStopped { group: GroupId, node: NodeId, stopped: bool },
+}
+
+impl Unasked {
+    #[expect(clippy::result_large_err, reason = "the other reply is no error, and goes on at once")]
+    fn of(reply: ClientReply) -> Result<Self, ClientReply> {
+        match reply {
+            ClientReply::NodeVerdict { node, state, cause, .. } => Ok(Self::Verdict(Verdict { node, state, cause })),
+            ClientReply::KeeperStopped { group, node, stopped } => Ok(Self::KeeperStopped { group, node, stopped }),
+            other => Err(other),
+        }
+    }
+}
+
 /// A connection to the local daemon.
 #[derive(Debug)]
 pub struct LocalClient {
     stream: UnixStream,
     input: Vec<u8>,
     next_request: RequestId,
-    verdicts: VecDeque<Verdict>,
+    unasked: VecDeque<Unasked>,
 }
 
 impl LocalClient {
@@ -82,7 +100,7 @@ impl LocalClient {
             ConnectError::NobodyThere(_) => ClientError::NoDaemon { path: path.clone() },
             ConnectError::Io { error, .. } => ClientError::Io(error),
         })?;
-        Ok(Self { stream, input: Vec::new(), next_request: 0, verdicts: VecDeque::new() })
+        Ok(Self { stream, input: Vec::new(), next_request: 0, unasked: VecDeque::new() })
     }
 
     /// Sends `body` and waits for its final answer; answers on the way (`Waiting`, `WaitingForHead`) go to `on_progress`.
@@ -123,13 +141,17 @@ impl LocalClient {
         self.stream.set_read_timeout(tick)?;
         loop {
             while let Some(message) = self.next_message()? {
-                match message.body {
-                    ClientReply::NodeVerdict { node, state, cause, .. } => {
-                        self.verdicts.push_back(Verdict { node, state, cause });
+                let body = match Unasked::of(message.body) {
+                    Ok(unasked) => {
+                        self.unasked.push_back(unasked);
+                        continue;
                     }
+                    Err(body) => body,
+                };
+                match body {
                     _ if message.request != request => {}
                     ClientReply::Waiting(_) | ClientReply::WaitingForHead(_) => {
-                        if !on_progress(Some(&message.body)) {
+                        if !on_progress(Some(&body)) {
                             return Ok(None);
                         }
                     }
@@ -213,8 +235,8 @@ impl LocalClient {
         self.stream.as_fd()
     }
 
-    /// The verdicts that have come; without waiting. An error where the daemon is gone.
-    pub(crate) fn take_verdicts(&mut self) -> Result<Vec<Verdict>, ClientError> {
+    /// What has come unasked; without waiting. An error where the daemon is gone.
+    pub(crate) fn take_unasked(&mut self) -> Result<Vec<Unasked>, ClientError> {
         self.stream.set_nonblocking(true)?;
         let mut chunk = [0; 16 << 10];
         loop {
@@ -227,11 +249,9 @@ impl LocalClient {
             }
         }
         while let Some(message) = self.next_message()? {
-            if let ClientReply::NodeVerdict { node, state, cause, .. } = message.body {
-                self.verdicts.push_back(Verdict { node, state, cause });
-            }
+            self.unasked.extend(Unasked::of(message.body));
         }
-        Ok(self.verdicts.drain(..).collect())
+        Ok(self.unasked.drain(..).collect())
     }
 }
 

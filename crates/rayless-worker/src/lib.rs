@@ -26,3 +26,4 @@ mod retries;
 pub mod ring;
 mod session;
 mod spin;
+pub mod stopped;

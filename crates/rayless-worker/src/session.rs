@@ -3,7 +3,7 @@
 //! Both ends of a session live on threads that do little else (the driver's pump or a waiting caller, the keeper's step thread),
 //! so a reader and a writer are one object under one lock and nothing is handed from thread to thread on the way of a step.
 
-use rayless_net::unix::{recv_fds_now, send_fds_now};
+use rayless_net::unix::{peer_credentials, recv_fds_now, send_fds_now};
 use rayless_proto::{
     limits::{MAX_FRAGMENT, MAX_LOCAL_MESSAGE, MAX_WORLD_SIZE},
     v1::step::{FLAG_LAST, HEADER, Header, Kind},
@@ -44,6 +44,22 @@ pub(crate) enum SessionError {
     /// The peer does not speak the protocol.
     #[error("protocol broken by the peer: {0}")]
     Protocol(String),
+}
+
+impl SessionError {
+    /// What it means, where the kernel's word for it would not say.
+    pub(crate) fn in_words(&self) -> String {
+        match self {
+            Self::Closed => "it ended without a word".to_owned(),
+            Self::Io(error) if matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe) => {
+                "it ended without a word (killed, or its host restarted)".to_owned()
+            }
+            Self::Io(error) if error.kind() == io::ErrorKind::TimedOut => {
+                "what was sent to it was not acknowledged".to_owned()
+            }
+            other => other.to_string(),
+        }
+    }
 }
 
 /// A received frame.
@@ -123,6 +139,14 @@ impl Session {
         match &self.stream {
             Stream::Unix(socket) => socket.as_fd(),
             Stream::Tls { socket, .. } => socket.as_fd(),
+        }
+    }
+
+    /// The process at the other end, where it is one of this host.
+    pub(crate) fn peer_pid(&self) -> Option<u32> {
+        match &self.stream {
+            Stream::Unix(socket) => peer_credentials(socket).ok().map(|peer| peer.pid),
+            Stream::Tls { .. } => None,
         }
     }
 

@@ -39,6 +39,7 @@ pub(crate) enum Action {
     Stop(StopWhat),
     Token(TokenAction),
     Logs(LogOptions),
+    BenchLink(Box<crate::bench::LinkOptions>),
     Keeper,
 }
 
@@ -80,6 +81,8 @@ pub(crate) enum StopWhat {
 pub(crate) enum TokenAction {
     New,
     Show { file: Option<PathBuf> },
+    Rotate { overlap: Option<Duration> },
+    FinishRotation,
 }
 
 /// What `logs` shows.
@@ -112,6 +115,8 @@ pub(crate) fn parse() -> Asked {
             Some(("show", found)) => {
                 TokenAction::Show { file: found.get_one::<PathBuf>(knobs::TOKEN_FILE.flag).cloned() }
             }
+            Some(("rotate", found)) if found.get_flag("finish") => TokenAction::FinishRotation,
+            Some(("rotate", found)) => TokenAction::Rotate { overlap: found.get_one::<Duration>("overlap").copied() },
             _ => TokenAction::New,
         }),
         Some(("logs", found)) => Action::Logs(LogOptions {
@@ -120,6 +125,10 @@ pub(crate) fn parse() -> Asked {
             all: found.get_flag("all"),
             follow: found.get_flag("follow"),
         }),
+        Some(("bench", found)) => Action::BenchLink(Box::new(crate::bench::link_options(
+            found.subcommand().map_or(found, |(_, link)| link),
+            knobs::TOKEN_FILE.flag,
+        ))),
         _ => Action::Keeper,
     };
     Asked { run_dir, action }
@@ -253,6 +262,18 @@ fn command() -> Command {
                     Command::new("show")
                         .about("Show this node's token on a terminal, elsewhere the path of its file")
                         .arg(arg(&knobs::TOKEN_FILE, value_parser!(PathBuf))),
+                )
+                .subcommand(
+                    Command::new("rotate")
+                        .about("Give all nodes a new token; the present one is accepted as well until `--finish`. On the head's host")
+                        .arg(
+                            Arg::new("overlap")
+                                .long("overlap")
+                                .value_name("SECONDS")
+                                .value_parser(ValueParser::new(overlap))
+                                .help("Refuse the present token after this time, without `--finish` (s)"),
+                        )
+                        .arg(switch("finish", "Refuse the token before the present one from here on").conflicts_with("overlap")),
                 ),
         )
         .subcommand(
@@ -274,6 +295,7 @@ fn command() -> Command {
                 .arg(switch("all", "All groups and the daemon").conflicts_with_all(["group", "rank"]))
                 .arg(switch("follow", "Go on as lines come").short('f')),
         )
+        .subcommand(crate::bench::command(arg(&knobs::TOKEN_FILE, value_parser!(PathBuf))))
         .subcommand(Command::new("keeper").hide(true).about("Run the workers of one group (started by the daemon)"))
 }
 
@@ -373,6 +395,14 @@ fn store_lease(text: &str) -> Result<Duration, String> {
         return Err("2 to 600 whole seconds".to_owned());
     }
     Ok(lease)
+}
+
+fn overlap(text: &str) -> Result<Duration, String> {
+    let overlap = seconds(text)?;
+    if overlap < Duration::from_secs(1) {
+        return Err("at least 1: the nodes must hear of the new one".to_owned());
+    }
+    Ok(overlap)
 }
 
 fn dead_after(text: &str) -> Result<Duration, String> {

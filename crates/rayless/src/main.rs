@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod background;
+mod bench;
 mod cli;
 mod logs;
 mod message;
@@ -31,6 +32,7 @@ fn run() -> Result<(), Failure> {
         Action::Stop(what) => status::stop(&run, &what),
         Action::Token(action) => token::run(&run, &action),
         Action::Logs(options) => logs::run(&run, &options),
+        Action::BenchLink(options) => bench::link(&run, &options),
         Action::Keeper => rayless_worker::keeper::run().map_err(Failure::failed),
     }
 }

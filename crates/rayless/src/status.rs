@@ -45,6 +45,16 @@ pub(crate) fn stop(run: &RunDir, what: &StopWhat) -> Result<(), Failure> {
     ask(&mut client, run, ClientRequest::StopGroup(group), STOP_LIMIT)?.map_err(failure).map(drop)
 }
 
+/// One request to the daemon of this host, answered without data.
+pub(crate) fn request(run: &RunDir, body: ClientRequest) -> Result<(), Failure> {
+    ask(&mut connect(run)?, run, body, ANSWER_LIMIT)?.map_err(failure).map(drop)
+}
+
+/// The state of the cluster.
+pub(crate) fn report_of(run: &RunDir) -> Result<StatusReport, Failure> {
+    report(&mut connect(run)?, run)
+}
+
 fn stop_daemon(client: &mut LocalClient, run: &RunDir) -> Result<(), Failure> {
     let pid = run.daemon_pid();
     match ask(client, run, ClientRequest::Stop, STOP_LIMIT)? {

@@ -3,87 +3,23 @@
 
 mod common;
 
-use common::{Cluster, Daemon, Host, PATIENCE, is_alive, kill, node};
-use rayless_proto::{
-    resources::{CPU, GPU, Quantity, Resources, Strategy},
-    v1::step::Launch,
+use common::{
+    Cluster, Daemon, Host, PATIENCE,
+    groups::{answers, launch, options, serve_as_worker, spread, start_with, two_nodes},
+    is_alive, kill, node,
 };
-use rayless_worker::{
-    driver::{Asked, Callbacks, GroupFailure, GroupOptions, Progress, StartError, WorkerGroup},
-    host::{Next, Worker},
-};
+use rayless_proto::resources::{CPU, GPU, Quantity, Resources, Strategy};
+use rayless_worker::driver::{Asked, Callbacks, GroupFailure, Progress, StartError, WorkerGroup};
 use serde_json::Value;
 use std::{
-    env, fs,
+    fs,
     time::{Duration, Instant},
 };
 
-/// Not a test of its own: in a process that a keeper started, this is the worker. Its calls are words.
+/// Not a test of its own: in a process that a keeper started, this is the worker.
 #[test]
 fn worker_process() {
-    if env::var_os("RAYLESS_WORKER_FDS").is_none() {
-        return;
-    }
-    let worker = Worker::from_env().unwrap();
-    println!("rank {} is here", worker.rank());
-    worker.ready(&[("rayless".to_owned(), env!("CARGO_PKG_VERSION").to_owned())]).unwrap();
-    loop {
-        let call = match worker.next_call(None).unwrap() {
-            Next::Call(call) => call,
-            Next::Nothing => continue,
-            Next::Closed => std::process::exit(0),
-        };
-        let text = String::from_utf8(call.payload).unwrap();
-        let answer = match text.split_once(' ').unwrap_or((&text, "")) {
-            ("env", name) => env::var(name).unwrap_or_default(),
-            ("die", rank) if rank == worker.rank().to_string() => std::process::exit(3),
-            ("rank", _) => worker.rank().to_string(),
-            _ => text.clone(),
-        };
-        worker.reply(call.id, false, answer.as_bytes()).unwrap();
-    }
-}
-
-fn launch() -> Launch {
-    let program = env::current_exe().unwrap().to_str().unwrap().to_owned();
-    Launch {
-        program,
-        arguments: ["worker_process", "--exact", "--nocapture", "--test-threads=1"].map(str::to_owned).to_vec(),
-        directory: "/".to_owned(),
-        env: vec![("PATH".to_owned(), env::var("PATH").unwrap_or_default())],
-        rank_env: Vec::new(),
-        boot: Vec::new(),
-        links: None,
-    }
-}
-
-fn options(host: &Host, bundles: Vec<Resources>, strategy: Strategy, wait: Duration) -> GroupOptions {
-    GroupOptions {
-        run_dir: host.run_dir(),
-        name: "story".to_owned(),
-        bundles,
-        strategy,
-        placement_group: None,
-        wait,
-        versions: vec![("rayless".to_owned(), env!("CARGO_PKG_VERSION").to_owned())],
-    }
-}
-
-fn start_with(options: GroupOptions) -> WorkerGroup {
-    let placed = WorkerGroup::place(options, &mut |_| true).unwrap();
-    placed.launch(launch(), PATIENCE, Callbacks::default(), &mut |_| true).unwrap()
-}
-
-/// A group with a rank on each of `count` nodes.
-fn spread(host: &Host, count: usize) -> WorkerGroup {
-    let bundle = Resources::new().with(CPU, Quantity::ONE);
-    start_with(options(host, vec![bundle; count], Strategy::StrictSpread, PATIENCE))
-}
-
-/// What every rank answers.
-fn answers(group: &WorkerGroup, text: &str) -> Vec<String> {
-    let replies = group.call(text.as_bytes(), &Asked::All, Some(PATIENCE)).unwrap().wait().unwrap();
-    replies.iter().map(|reply| String::from_utf8(reply.payload.to_vec()).unwrap()).collect()
+    serve_as_worker();
 }
 
 fn group_of<'a>(status: &'a Value, group: &WorkerGroup) -> &'a Value {
@@ -96,14 +32,6 @@ fn await_group(host: &Host, group: &WorkerGroup, state: &str) -> Value {
     host.await_status(&format!("group {state}"), |status| {
         status["groups"].as_array().is_some_and(|all| all.iter().any(|g| g["id"] == id && g["state"] == state))
     })
-}
-
-/// A head `a` and a node `b` that has joined it.
-fn two_nodes(a: &Host, b: &Host, more: &[&str]) -> (Daemon, Daemon, String) {
-    let (head, address) = a.head(&[&["--name", "a"], more].concat());
-    let mut node_b = b.start(&[&["join", &address, "--name", "b"], more.get(2..).unwrap_or_default()].concat());
-    node_b.says("has joined");
-    (head, node_b, address)
 }
 
 fn gone(pids: impl IntoIterator<Item = u32>) {
@@ -251,11 +179,51 @@ fn a_keeper_that_was_killed_takes_its_workers_with_it() {
     let [a, b] = [Host::new(&cluster), Host::new(&cluster)];
     let (_head, _node, _) = two_nodes(&a, &b, &[]);
     let group = spread(&a, 2);
+    let left: u32 = answers(&group, "leave 1")[1].parse().unwrap();
     kill(keeper_pid(&b));
     assert!(group.wait_failed(Some(PATIENCE)).is_some());
-    gone(group.pids().into_iter().map(|(_, pid)| pid));
+    gone(group.pids().into_iter().map(|(_, pid)| pid).chain([left]));
     let status = await_group(&a, &group, "failed");
     assert_eq!(node(&status, "b").unwrap()["state"], "alive");
+}
+
+#[test]
+fn what_a_keeper_left_that_was_killed_without_a_daemon_is_ended_by_the_next_one() {
+    let cluster = Cluster::new();
+    let [a, b] = [Host::new(&cluster), Host::new(&cluster)];
+    let (_head, node_b, address) = two_nodes(&a, &b, &[]);
+    let group = spread(&a, 2);
+    let left: u32 = answers(&group, "leave 1")[1].parse().unwrap();
+    node_b.crash();
+    kill(keeper_pid(&b));
+    assert!(group.wait_failed(Some(PATIENCE)).is_some());
+    assert!(is_alive(i32::try_from(left).unwrap()));
+    let mut node_b = b.start(&["join", &address, "--name", "b"]);
+    node_b.says("has joined");
+    gone([left]);
+}
+
+#[test]
+fn a_stopped_keeper_is_told_from_a_late_one() {
+    let cluster = Cluster::new();
+    for far in [false, true] {
+        let [a, b] = [Host::new(&cluster), Host::new(&cluster)];
+        let (_head, _node, _) = two_nodes(&a, &b, &["--dead-after", "1"]);
+        let group = spread(&a, 2);
+        let keeper = keeper_pid(if far { &b } else { &a });
+        let process = rustix::process::Pid::from_raw(keeper).unwrap();
+        rustix::process::kill_process(process, rustix::process::Signal::STOP).unwrap();
+        let failure = group.wait_failed(Some(PATIENCE)).unwrap();
+        assert!(matches!(failure, GroupFailure::NodeDied { .. }), "{failure:?}");
+        assert!(failure.to_string().contains(", its keeper is stopped (SIGSTOP)"), "{failure}");
+        if far {
+            let status = a.status();
+            let seen = |event: &Value| event["kind"] == "keeper-stopped";
+            assert!(status["events"].as_array().unwrap().iter().any(seen), "{status}");
+        }
+        rustix::process::kill_process(process, rustix::process::Signal::CONT).unwrap();
+        gone(group.pids().into_iter().map(|(_, pid)| pid));
+    }
 }
 
 #[test]

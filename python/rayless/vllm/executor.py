@@ -20,6 +20,8 @@ from vllm.platforms import current_platform
 from vllm.v1.executor.abstract import Executor
 
 import rayless
+from rayless.exceptions import LinkLostError
+from rayless.vllm import pipeline
 from rayless.vllm.environment import gpus_per_worker
 from rayless.vllm.placement import describe, make_plans
 from rayless.vllm.preflight import compare, find
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 
 logger = init_logger("vllm.rayless")
+
+#: Seconds that two stages get to open a link between them.
+LINK_SECONDS = 60.0
 
 #: Seconds that workers get to let go of devices and process groups before they are killed.
 GRACE_SECONDS = 5.0
@@ -61,6 +66,7 @@ class RaylessExecutor(Executor):
             parallel, "prefill_context_parallel_size", 1
         )
         _refuse_unsupported(self.vllm_config)
+        self._pipeline_is_ours = parallel.pipeline_parallel_size > 1 and pipeline.is_ours()
 
         on_cpu = current_platform.is_cpu()
         bundle, strategy = _resources(on_cpu, parallel.pipeline_parallel_size)
@@ -69,7 +75,11 @@ class RaylessExecutor(Executor):
             self._world_size,
             bundles=[bundle] * self._world_size,
             strategy=strategy,
-            kwargs={"config": _pickled_config(self.vllm_config), "on_cpu": on_cpu},
+            kwargs={
+                "config": _pickled_config(self.vllm_config),
+                "on_cpu": on_cpu,
+                "pipeline": self._pipeline_is_ours,
+            },
             name=_group_name(self.vllm_config),
             steps=("step",),
             step_deadline=_step_deadline(),
@@ -91,6 +101,8 @@ class RaylessExecutor(Executor):
         compare([find("this driver", None), *group.call("inspect", plans, folder)], folder)
         rendezvous = next(url for url in group.call("boot") if url is not None)
         group.call("init_device", rendezvous)
+        if self._pipeline_is_ours:
+            group.call("open_links", LINK_SECONDS)
         group.call("load_model")
 
     # --- calls ---
@@ -132,9 +144,9 @@ class RaylessExecutor(Executor):
                     result = one.aggregate(outputs, output_rank=rank)
                 return result
 
-            reply: concurrent.futures.Future[Any] = _Reply(inner, finish)
+            reply: concurrent.futures.Future[Any] = _Reply(inner, finish, self._lost)
         elif reply_rank is not None:
-            reply = _Reply(inner, _only)
+            reply = _Reply(inner, _only, self._lost)
         else:
             reply = inner
         return reply if non_block else reply.result()
@@ -194,6 +206,11 @@ class RaylessExecutor(Executor):
         if callback is not None:
             callback()
 
+    def _lost(self, cause: LinkLostError) -> None:
+        """A link between two stages is lost: so is the group, whose other ranks may be waiting for each other."""
+        self._fail(cause)
+        self._finalizer()
+
     def check_health(self) -> None:
         """Raises unless every rank answers."""
         self.collective_rpc("check_health", timeout=HEALTH_SECONDS)
@@ -233,14 +250,24 @@ class RaylessExecutor(Executor):
 class _Reply(concurrent.futures.Future[Any]):
     """The Future of a group call, seen through ``finish``; it costs no second wake-up."""
 
-    def __init__(self, inner: concurrent.futures.Future[list[Any]], finish: Callable[[list[Any]], Any]) -> None:
+    def __init__(
+        self,
+        inner: concurrent.futures.Future[list[Any]],
+        finish: Callable[[list[Any]], Any],
+        lost: Callable[[LinkLostError], None],
+    ) -> None:
         super().__init__()
         self._inner = inner
+        self._lost = lost
         self._finish: Callable[[list[Any]], Any] | None = finish
         self._value: Any = None
 
     def result(self, timeout: float | None = None) -> Any:
-        outputs = self._inner.result(timeout)
+        try:
+            outputs = self._inner.result(timeout)
+        except LinkLostError as error:
+            self._lost(error)
+            raise
         if self._finish is not None:  # an aggregator changes what it gets: once only
             self._value, self._finish = self._finish(outputs), None
         return self._value

@@ -3,7 +3,8 @@
 vLLM has no registry of executor names. It accepts an executor *class*, but a bare name on the command line is
 refused with pipeline parallelism, since the check looks for ``supports_pp`` on the string. So the name is
 turned into the class at the start of ``EngineArgs.create_engine_config``, which every entry point of vLLM
-passes, before that check. Nothing else of vLLM is changed.
+passes, before that check. And vLLM's front end waits for EngineCore to stop its workers (``rayless.vllm.ending``). Nothing else of
+vLLM is changed.
 
 - RAYLESS_DEFAULT=1: the executor when ``--distributed-executor-backend`` is not given.
 - RAYLESS_AS_RAY=1: ``--distributed-executor-backend ray`` means rayless, for launch scripts that cannot change.
@@ -54,8 +55,10 @@ def resolve(backend: Any, *, nnodes: int = 1) -> Any:
         raise RuntimeError(
             f"vLLM {vllm.__version__} is too old for the rayless executor\nhint: install vLLM {OLDEST} or newer, on every node"
         )
+    from rayless.vllm.ending import let_engines_end
     from rayless.vllm.executor import RaylessExecutor
 
+    let_engines_end()
     return RaylessExecutor
 
 

@@ -1,7 +1,7 @@
-"""What a rank hosts: vLLM's own worker, started in four steps that the executor drives.
+"""What a rank hosts: vLLM's own worker, started in a few steps that the executor drives.
 
-``inspect`` (is everything here?), ``boot`` (environment, imports, the rendezvous port), ``init_device``,
-``load_model``; after that every request of the engine goes through ``run``. This module imports neither vLLM
+``inspect`` (is everything here?), ``boot`` (environment, imports, the rendezvous port), ``init_device``, ``open_links``
+(between pipeline stages), ``load_model``; after that every request of the engine goes through ``run``. This module imports neither vLLM
 nor torch: ``boot`` does, when the environment of the process is final.
 """
 
@@ -16,14 +16,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayless._worker import doing
-from rayless.vllm import environment
+from rayless._worker import current, doing
+from rayless.exceptions import LinkLostError
+from rayless.vllm import environment, pipeline
 from rayless.vllm.placement import Plan
 from rayless.vllm.preflight import Found, find
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
     from vllm.config import VllmConfig
+
+    from rayless.vllm.pipeline import Pipeline
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -34,9 +37,12 @@ class Worker:
     #: vLLM picks its device out of all of the node's, by the configuration or by a variable set in :meth:`boot`.
     rayless_chooses_gpus = True
 
-    def __init__(self, config: bytes, on_cpu: bool) -> None:
+    def __init__(self, config: bytes, on_cpu: bool, pipeline: bool = False) -> None:
         self._config_bytes = config
         self._on_cpu = on_cpu
+        #: Whether the pipeline's stages talk over links of ours.
+        self._links_wanted = pipeline
+        self._pipeline: Pipeline | None = None
         self._plan: Plan
         self._config: VllmConfig
         self._worker: Any = None
@@ -100,11 +106,21 @@ class Worker:
             _choose_network_device(self._config, plan)
         every: list[dict[str, Any]] = [{} for _ in range(plan["world_size"])]
         every[plan["rank"]] = mine
+        if self._links_wanted:
+            pipeline.prepare()
         self._worker = WorkerWrapperBase(rpc_rank=plan["rank"], global_rank=plan["rank"])
         self._worker.init_worker(every)
         self._worker.init_device()
         self._store = None  # the process group holds the port now
         _label_process(self._config)
+
+    def open_links(self, timeout: float) -> None:
+        """Opens the links to the neighbouring stages; every rank's groups have formed when this is called."""
+        from vllm.distributed.parallel_state import get_pp_group
+
+        self._pipeline = pipeline.open_links(
+            get_pp_group(), self._worker.model_runner, rank=self._plan["rank"], timeout=timeout
+        )
 
     def load_model(self) -> None:
         """Loads the weights of this stage; the whole group has formed when this is called."""
@@ -126,7 +142,11 @@ class Worker:
         method, args, kwargs, reply_rank = pickle.loads(request)
         doing(method if isinstance(method, str) else "a function of the engine")
         target = getattr(self._worker, method) if isinstance(method, str) else _bind(method, self._worker)
-        output = target(*args, **kwargs)
+        try:
+            output = target(*args, **kwargs)
+        except LinkLostError as error:
+            pipeline.let_the_death_be_told(error)
+            raise
         if reply_rank is not None and reply_rank != self._plan["rank"]:
             return None
         if isinstance(output, self._async_output):
@@ -146,9 +166,15 @@ class Worker:
         from vllm.distributed import destroy_distributed_environment, destroy_model_parallel
 
         worker, self._worker = self._worker, None
+        if self._pipeline is not None:
+            self._pipeline.close()
         worker.shutdown()
         destroy_model_parallel()
         destroy_distributed_environment()
+        host = current()
+        if host is not None:
+            # Taking torch apart module by module takes seconds and frees nothing that the end of the process does not.
+            host.leave_at_once = True
 
     # --- details ---
 

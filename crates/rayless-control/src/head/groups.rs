@@ -219,6 +219,21 @@ impl Head {
         self.note("ranks-stuck", line, now);
     }
 
+    /// The driver decides, by its own session: it only must not take the node's life for the keeper's.
+    pub(super) fn on_keeper_stopped(&mut self, node: NodeId, id: GroupId, stopped: bool, now: Instant) {
+        let Some(group) = self.groups.get(&id).filter(|g| g.phase.is_live() && g.parts.contains_key(&node)) else {
+            return;
+        };
+        let (title, driver) = (group.title(id), group.driver_node);
+        let name = self.node_name(node);
+        if stopped {
+            self.note("keeper-stopped", format!("group {title}: its keeper on {name} is stopped (SIGSTOP)"), now);
+        } else {
+            self.note("keeper-resumed", format!("group {title}: its keeper on {name} runs again"), now);
+        }
+        self.send(driver, ToNode::KeeperStopped { group: id, node, stopped });
+    }
+
     pub(super) fn check_running(&mut self, id: GroupId, now: Instant) {
         let Some(group) = self.groups.get_mut(&id).filter(|g| g.phase == Phase::Placed) else { return };
         let states = group.parts.values().flat_map(|p| &p.states);

@@ -6,6 +6,7 @@ use rayless_proto::{
     v1::{
         control::{ToHead, ToNode},
         status::{Event, HeadSeat},
+        token::TokenSet,
     },
 };
 use std::time::Duration;
@@ -85,6 +86,13 @@ pub enum Input {
         /// One line.
         cause: String,
     },
+    /// The cluster's tokens from here on, which the daemon has on disk and accepts: at its start, and at every change.
+    Tokens {
+        /// The tokens.
+        set: TokenSet,
+        /// Where there are two: after what time [`Effect::EndOverlap`] is wanted; `None`: an operator will say.
+        overlap: Option<Duration>,
+    },
     /// [`Head::next_timeout`](super::Head::next_timeout) has come.
     Timer,
 }
@@ -123,6 +131,8 @@ pub enum Effect {
     },
     /// A node has been a member under this term, which is higher: this head has been replaced, and must do nothing any more.
     Superseded(Term),
+    /// The time of the previous token is up: put the current one on disk alone, then hand that in as [`Input::Tokens`].
+    EndOverlap,
     /// For the log and for people; `status` has it, too.
     Notify(Event),
     /// Replace the state file by these bytes (write aside, sync, rename). At most one each [`SAVE_PERIOD`](super::SAVE_PERIOD).

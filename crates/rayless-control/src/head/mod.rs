@@ -12,6 +12,7 @@
 //! | `bundles` | placement groups |
 //! | `queue` | who waits, and in which order who is served |
 //! | `table` | the need/have table and the line of cause |
+//! | `tokens` | which cluster tokens are in force, and who has them |
 //! | `state` | the state file |
 //! | `report` | `status`, and the audit of the books |
 //!
@@ -31,6 +32,7 @@ mod queue;
 mod report;
 mod state;
 mod table;
+mod tokens;
 
 pub use io::{Effect, HeadConfig, Input};
 pub use state::RestoreError;
@@ -71,6 +73,8 @@ pub struct Head {
     buried_bundles: VecDeque<PlacementGroupId>,
     events: VecDeque<Event>,
     refused_handshakes: u64,
+    /// `None` until the daemon has handed them in.
+    tokens: Option<tokens::Tokens>,
     /// Counts changes of who is placeable and of what nodes have at all.
     shape: u64,
     /// Something became free: all who wait are worth another look.
@@ -99,6 +103,7 @@ impl Head {
             buried_bundles: VecDeque::new(),
             events: VecDeque::new(),
             refused_handshakes: 0,
+            tokens: None,
             shape: 0,
             stirred: false,
             arrived: false,
@@ -141,8 +146,10 @@ impl Head {
                 let line = format!("{from} was refused: {cause}");
                 self.note_repeated("handshake-refused", line, now);
             }
+            Input::Tokens { set, overlap } => self.on_tokens(set, overlap, now),
             Input::Timer => {}
         }
+        self.check_overlap(now);
         self.check_awaited(now);
         self.check_deadlines(now);
         self.run_queue(now);
@@ -162,7 +169,8 @@ impl Head {
         let stops = self.stops.iter().map(|s| s.until);
         let save = self.dirty.then(|| self.saved.map_or(self.started, |at| at + SAVE_PERIOD));
         let awaited = self.nodes.values().filter(|n| !n.is_gone()).filter_map(|n| n.awaited);
-        waits.chain(stops).chain(save).chain(awaited).chain(self.next_part_deadline()).min()
+        let others = [self.next_part_deadline(), self.next_overlap_end()].into_iter().flatten();
+        waits.chain(stops).chain(save).chain(awaited).chain(others).min()
     }
 
     fn on_message(&mut self, session: SessionId, message: ToHead, now: Instant) {
@@ -214,9 +222,11 @@ impl Head {
                 self.on_worker_changed(from, group, rank, pid, state, now);
             }
             ToHead::GroupEnded { group, cause } => self.on_group_ended(from, group, &cause, now),
+            ToHead::KeeperStopped { group, stopped } => self.on_keeper_stopped(from, group, stopped, now),
             ToHead::RanksStuck { group, line } => self.on_ranks_stuck(from, group, &line, now),
             ToHead::GpuDraining { gpus } => self.on_gpu_draining(from, &gpus),
             ToHead::Update { info } => self.on_update(from, info, now),
+            ToHead::TokensHeld { marks, problem } => self.on_tokens_held(from, marks, problem, now),
         }
     }
 

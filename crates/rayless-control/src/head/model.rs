@@ -2,7 +2,7 @@
 
 use crate::{SessionId, pool::Pool};
 use rayless_proto::{
-    ids::{GroupId, Incarnation, NodeId, PlacementGroupId, RequestId},
+    ids::{GroupId, Incarnation, NodeId, PlacementGroupId, RequestId, TokenMark},
     resources::{Allocation, Resources, Strategy},
     v1::{
         control::{GroupSpec, HeldGroup, HeldPlacementGroup, NodeInfo, RankAllocation, WorkerState},
@@ -45,6 +45,10 @@ pub(super) struct Node {
     /// Remembered by a restarted head and not heard of by it yet: taken for dead then. Such a death is only assumed, and
     /// whoever comes back from it is not fenced.
     pub(super) awaited: Option<Instant>,
+    /// Marks of the cluster tokens that it accepts, by its own word in this session; the current one's first.
+    pub(super) tokens: Vec<TokenMark>,
+    /// Why it could not take those it was sent last.
+    pub(super) token_problem: String,
     /// Why it is dead or left.
     pub(super) cause: String,
     /// When `state` became what it is.

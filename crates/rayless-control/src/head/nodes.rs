@@ -95,6 +95,8 @@ impl Head {
             heard: None,
             rtt_us: 0,
             awaited: None,
+            tokens: Vec::new(),
+            token_problem: String::new(),
             cause: String::new(),
             since: now,
         });
@@ -107,6 +109,8 @@ impl Head {
         node.state = NodeState::Alive;
         node.heard = Some(now);
         node.awaited = None;
+        node.tokens.clear();
+        node.token_problem.clear();
         node.cause.clear();
         if let Some(old) = old_session {
             self.effects.push_back(Effect::Close { session: old });

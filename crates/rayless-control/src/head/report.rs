@@ -34,6 +34,7 @@ impl Head {
             protocol: PROTOCOL_MAX,
             uptime_ms: millis(self.started, now),
             refused_handshakes: self.refused_handshakes,
+            token: self.token_status(now),
             nodes: nodes.into_iter().map(|(id, node)| self.node_status(*id, node, &holders, now)).collect(),
             groups: groups.into_iter().map(|(id, group)| group_status(*id, group)).collect(),
             placement_groups: self

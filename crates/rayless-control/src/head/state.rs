@@ -160,6 +160,8 @@ impl Head {
             heard: None,
             rtt_us: 0,
             awaited: was_here.then_some(now + REJOIN_TIMEOUT),
+            tokens: Vec::new(),
+            token_problem: String::new(),
             cause: if was_here { "it has yet to dial the restarted head".into() } else { saved.cause },
             since: now,
         };

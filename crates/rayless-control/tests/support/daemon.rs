@@ -118,6 +118,7 @@ impl World {
         if is_head && stands {
             self.stand(host);
         }
+        self.hand_in_tokens(host, None);
         self.pump_head(host);
         self.pump_member(host);
         self.after(100 * MS, Event::NetTick { host, boot });
@@ -234,6 +235,7 @@ impl World {
                 }
                 head::Effect::Notify(event) => self.say(format!("[{}] {}", event.kind, event.cause)),
                 head::Effect::SaveState(bytes) => self.hosts[host].head_state = Some(bytes),
+                head::Effect::EndOverlap => self.end_overlap(host),
             }
         }
         let (base, boot, now) = (self.base, self.hosts[host].boot, self.now);
@@ -339,6 +341,7 @@ impl World {
     }
 
     fn on_welcomed(&mut self, host: usize) {
+        self.tell_tokens(host, "");
         let up: Vec<GroupId> = self.hosts[host]
             .keepers
             .iter()
@@ -447,12 +450,14 @@ impl World {
                     driver.verdicts.insert(about, state);
                 }
             }
+            ToNode::Tokens(set) => self.take_tokens(host, set.marks()),
             ToNode::Welcome { .. }
             | ToNode::Refused(_)
             | ToNode::Fenced { .. }
             | ToNode::Status { .. }
             | ToNode::Elsewhere { .. }
             | ToNode::Heads(_)
+            | ToNode::KeeperStopped { .. }
             | ToNode::Notice(_) => {}
         }
     }

@@ -8,6 +8,7 @@
 //! | `daemon` | what a node's daemon does with the effects |
 //! | `store` | the store that chooses one of several heads |
 //! | `steps` | keepers, drivers and the sessions between them |
+//! | `tokens` | what a daemon does with the cluster's tokens |
 //! | `story` | the script language |
 #![allow(dead_code, unreachable_pub, missing_docs, reason = "shared by several tests, each of which uses a part")]
 
@@ -15,5 +16,6 @@ pub mod daemon;
 pub mod steps;
 pub mod store;
 pub mod story;
+pub mod tokens;
 pub mod wire;
 pub mod world;

@@ -309,6 +309,7 @@ impl World {
             let side = HeadSide { head: Head::new(config, now), detector: Detector::new(dead_after), timer: None };
             daemon.head = Some(side);
         }
+        self.hand_in_tokens(host, None);
         self.member_in(host, member::Input::Heads(vec![Target::Here], "this daemon is the head now".into()));
     }
 

@@ -11,6 +11,7 @@
 //! break b                                   # its session with the head ends
 //! store lease 3s                            # before the first node: several are `head`; nodes join by the addresses of the first two
 //! store down / store up / store forgets / store cut a / store heal a / store delay 300ms / freeze a (its clock stands still; `resume`)
+//! rotate [30s] / finish rotation / cannot finish rotation / disk full b / disk free b
 //! pause b / resume b / late b 450ms / mute b / unmute b / drain b 3 / drained b 3
 //! wait 3s
 //! expect X / within 2s expect X / for 5s expect X
@@ -306,6 +307,18 @@ impl Story {
                 }
                 self.world.tell_head(host, ToHead::GpuDraining { gpus: vec![(gpu, draining)] });
             }
+            ["rotate", overlap @ ..] => {
+                let overlap = overlap.first().map(|t| duration(t)).transpose()?;
+                self.world.rotate(overlap);
+            }
+            ["finish", "rotation"] => return self.world.finish_rotation(),
+            ["cannot", "finish", "rotation"] => {
+                return self.world.finish_rotation().map_or(Ok(()), |()| Err("but it can".into()));
+            }
+            ["disk", full, h] => {
+                let host = self.host(h)?;
+                self.world.hosts[host].disk_full = *full == "full";
+            }
             ["wait", t] => {
                 let t = duration(t)?;
                 self.world.wait(t);
@@ -539,6 +552,30 @@ impl Story {
             ["placement", "groups:", n] => {
                 let is = self.world.status().ok_or("there is no head")?.placement_groups.len();
                 if is.to_string() == *n { Ok(()) } else { Err(format!("but there are {is}")) }
+            }
+            ["token", h, "behind"] => {
+                let behind = self.world.head().ok_or("there is no head")?.without_token();
+                let found =
+                    behind.iter().find(|(name, _)| name == h).ok_or_else(|| format!("but only {behind:?} are"))?;
+                contains(&found.1)
+            }
+            ["tokens", h, n] => {
+                let is = &self.world.hosts[self.host(h.trim_end_matches(':'))?].tokens;
+                let is = is.iter().map(|mark| mark.0[7].to_string()).collect::<Vec<_>>().join(",");
+                if is == *n { Ok(()) } else { Err(format!("but they are {is}")) }
+            }
+            ["rotation", state] => {
+                let token = self.world.status().ok_or("there is no head")?.token;
+                let is = match (token.rotating, token.behind.is_empty()) {
+                    (false, _) => "over",
+                    (true, true) => "spread",
+                    (true, false) => "on",
+                };
+                if is == *state { Ok(()) } else { Err(format!("but it is {is}")) }
+            }
+            ["refusals", n] => {
+                let is = self.world.status().ok_or("there is no head")?.refused_handshakes;
+                if is.to_string() == *n { Ok(()) } else { Err(format!("but there were {is}")) }
             }
             ["all", "free"] => self.world.all_free(),
             ["said"] => {

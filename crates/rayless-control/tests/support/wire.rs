@@ -8,7 +8,7 @@ use rayless_control::{
 };
 use rayless_proto::{
     ids::Incarnation,
-    v1::control::{FromHead, HeadTerm, ToHead},
+    v1::control::{FromHead, HeadTerm, Refusal, RefusalKind, ToHead},
 };
 use std::{collections::VecDeque, time::Duration};
 
@@ -146,6 +146,15 @@ impl World {
             // The handshake's packets are sent again until the dial is given up.
             self.after(300 * MS, Event::Dial { conn });
             return;
+        }
+        if !self.share_a_token(host, head) {
+            let member_session = self.conns[conn].member_session;
+            let cause = "the head has another cluster token".to_owned();
+            let refusal = Refusal { kind: RefusalKind::Policy, cause: cause.clone(), hint: String::new() };
+            self.conns[conn].node_open = false;
+            self.head_in(head, head::Input::HandshakeRefused { from: self.hosts[host].address.clone(), cause });
+            let error = member::DialError::Refused(refusal);
+            return self.member_in(host, member::Input::DialFailed(member_session, error));
         }
         self.head_sessions += 1;
         let session = SessionId(self.head_sessions);

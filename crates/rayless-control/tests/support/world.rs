@@ -8,7 +8,7 @@ use super::{
 };
 use rayless_control::{Head, election};
 use rayless_proto::{
-    ids::{GroupId, NodeId, Term},
+    ids::{GroupId, NodeId, Term, TokenMark},
     resources::{CPU, GPU, Quantity, Resources},
     v1::{
         control::{GpuInfo, HeadTerm, NodeInfo, Refusal},
@@ -82,6 +82,11 @@ pub struct Host {
     pub slept: Duration,
     pub frozen: Option<Duration>,
     pub head_state: Option<Vec<u8>>,
+    /// On disk: the tokens that it accepts, the current one first.
+    pub tokens: Vec<TokenMark>,
+    /// On the head's disk: until when it accepts the second.
+    pub overlap_ends: Option<Duration>,
+    pub disk_full: bool,
     /// Which start of the daemon this is.
     pub boot: u64,
     pub daemon: Option<Daemon>,
@@ -174,6 +179,9 @@ impl World {
             slept: Duration::ZERO,
             frozen: None,
             head_state: None,
+            tokens: vec![super::tokens::FIRST],
+            overlap_ends: None,
+            disk_full: false,
             boot: 0,
             daemon: None,
             keepers: BTreeMap::new(),
@@ -203,6 +211,11 @@ impl World {
 
     pub fn head(&self) -> Option<&Head> {
         self.heads().pop()
+    }
+
+    /// The host of the head, or the first where there is none.
+    pub fn head_host(&self) -> usize {
+        self.status().map_or(0, |status| host_of(status.head))
     }
 
     pub fn host_at(&self, address: std::net::SocketAddr) -> Option<usize> {

@@ -6,6 +6,9 @@
 
 mod inbound;
 mod outbound;
+pub(crate) mod tls;
+
+pub use tls::connect_tls;
 
 use crate::{
     config::LinkConfig,

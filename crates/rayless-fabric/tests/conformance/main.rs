@@ -50,6 +50,7 @@ macro_rules! conformance {
 conformance!(shm, crate::transports::Shm);
 conformance!(tcp, crate::transports::Tcp<1>);
 conformance!(tcp_striped, crate::transports::Tcp<3>);
+conformance!(tls, crate::transports::Tls);
 // Run by tests/rdma-vm/conformance, in a guest that has these devices.
 conformance!(rxe, crate::transports::Rxe, ignore = "needs soft-RoCE devices: tests/rdma-vm/conformance");
 conformance!(siw, crate::transports::Siw, ignore = "needs soft-iWARP devices: tests/rdma-vm/conformance");

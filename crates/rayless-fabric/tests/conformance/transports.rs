@@ -3,7 +3,12 @@
 use crate::fixture::Fixture;
 use rayless_fabric::{
     Acceptor, EstablishError, Level, LinkConfig, LinkName, RecvLink, SendLink, Ticket, greet_rdma, greet_tcp,
-    greet_unix, rdma, shm, tcp,
+    greet_tls, greet_unix, rdma, shm, tcp,
+};
+use rayless_net::{
+    identity::{ClusterIdentity, NodeKey, TlsIdentity},
+    link::{Channel, Patience},
+    token::Token,
 };
 use std::{
     io::{self, Write},
@@ -80,6 +85,64 @@ impl Fixture for Shm {
         let mut stream = UnixStream::connect(dir.path().join("link.sock"))?;
         stream.write_all(&[b'x'; 200])?;
         Ok(greet_unix(listener.accept()?.0, GREETING_TIME).unwrap_err().to_string())
+    }
+}
+
+/// TCP over loopback within TLS.
+pub(crate) struct Tls;
+
+fn patient() -> Patience<'static> {
+    Patience::new(Instant::now() + GREETING_TIME, &|| false)
+}
+
+/// A node of the cluster of `token`.
+fn identity(token: &str) -> TlsIdentity {
+    let key = NodeKey::generate().unwrap();
+    ClusterIdentity::from_token(&token.parse::<Token>().unwrap(), &key).unwrap().tls().clone()
+}
+
+impl Fixture for Tls {
+    const LEVEL: Level = Level::Tcp;
+    /// The listener and the text of its cluster's token.
+    type Listener = (TcpListener, String);
+
+    fn listen() -> Self::Listener {
+        (TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap(), Token::generate().unwrap().expose())
+    }
+
+    fn address((listener, token): &Self::Listener) -> String {
+        format!("{} {token}", listener.local_addr().unwrap())
+    }
+
+    fn connect(address: &str, name: LinkName, ticket: Ticket, config: &LinkConfig) -> Result<SendLink, EstablishError> {
+        let (address, token) = address.split_once(' ').unwrap();
+        let patience = patient();
+        let address = address.parse().unwrap();
+        let (stream, tls) = Channel::call(address, "link.rayless", &identity(token), &patience).unwrap().into_tls();
+        tcp::connect_tls(stream, tls, name, ticket, config)
+    }
+
+    fn accept((listener, token): &Self::Listener, acceptor: &mut Acceptor) -> Result<RecvLink, EstablishError> {
+        let patience = patient();
+        let stream = listener.accept().unwrap().0;
+        let (stream, tls) = Channel::answer(stream, &identity(token), &patience).unwrap().into_tls();
+        let greeted = greet_tls(stream, tls, GREETING_TIME).unwrap();
+        acceptor.admit(greeted).map(|link| link.expect("one stream is all of it"))
+    }
+
+    fn nonsense((listener, token): &Self::Listener) -> io::Result<String> {
+        let patience = patient();
+        let address = listener.local_addr()?;
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let patience = patient();
+                let mut channel = Channel::call(address, "link.rayless", &identity(token), &patience).unwrap();
+                channel.send(&[b'x'; 200], &patience).unwrap();
+            });
+            let channel = Channel::answer(listener.accept()?.0, &identity(token), &patience).unwrap();
+            let (stream, tls) = channel.into_tls();
+            Ok(greet_tls(stream, tls, GREETING_TIME).unwrap_err().to_string())
+        })
     }
 }
 

@@ -41,7 +41,7 @@ use rayless_proto::{
 use std::{
     collections::HashMap,
     net::{IpAddr, SocketAddr},
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     thread::JoinHandle,
     time::{Duration, Instant},
 };
@@ -83,6 +83,7 @@ pub struct NetThread {
 enum Command {
     Dial { head: SocketAddr, local: IpAddr },
     Beat { head: SocketAddr, local: IpAddr, incarnation: Incarnation },
+    Identity(Box<ClusterIdentity>, std::sync::mpsc::SyncSender<()>),
     StopBeating,
     Shutdown { reason: String, done: oneshot::Sender<()> },
 }
@@ -129,6 +130,7 @@ impl NetThread {
                 let refusals = events.clone();
                 // A main thread with a full queue has other worries; the count is kept in any case.
                 counters.on_refusal(move |refusal| drop(refusals.try_send(NetEvent::Refused(refusal))));
+                let identity = Arc::new(Mutex::new(identity));
                 let calling =
                     Calling { identity, counters, events, pulses: shared, sessions: 0, dialling: None, beating: None };
                 calling.run(alarm, endpoint, acceptor, inbox).await;
@@ -167,6 +169,15 @@ impl NetThread {
         let _ = self.commands.send(Command::Beat { head, local, incarnation });
     }
 
+    /// Shakes hands with `identity` from the return of this on: tokens have changed, the node has not. Open connections stay. Blocks for as
+    /// long as the thread takes to hear of it, which waits for nobody.
+    pub fn set_identity(&self, identity: ClusterIdentity) {
+        let (done, changed) = std::sync::mpsc::sync_channel(1);
+        if self.commands.send(Command::Identity(Box::new(identity), done)).is_ok() {
+            let _ = changed.recv();
+        }
+    }
+
     /// Sends no more heartbeats, and closes their connection.
     pub fn stop_heartbeats(&self) {
         let _ = self.commands.send(Command::StopBeating);
@@ -198,7 +209,7 @@ impl Drop for NetThread {
 
 /// The life of the thread.
 struct Calling {
-    identity: ClusterIdentity,
+    identity: Arc<Mutex<ClusterIdentity>>,
     counters: Arc<Counters>,
     events: mpsc::Sender<NetEvent>,
     pulses: Pulses,
@@ -226,6 +237,13 @@ impl Calling {
                     Some(Command::Dial { head, local }) => self.dial(head, local, dialled.clone()),
                     Some(Command::Beat { head, local, incarnation }) => self.beat(head, local, incarnation, unsure.clone()),
                     Some(Command::StopBeating) => self.stop_beating(),
+                    Some(Command::Identity(identity, done)) => {
+                        if let Some(Err(error)) = endpoint.as_ref().map(|endpoint| endpoint.set_identity(&identity)) {
+                            tracing::error!(%error, "the cluster's tokens are not changed here");
+                        }
+                        *self.identity.lock().unwrap_or_else(PoisonError::into_inner) = *identity;
+                        let _ = done.send(());
+                    }
                     Some(Command::Shutdown { reason, done }) => {
                         self.stop_beating();
                         self.dialling.take().inspect(Task::abort);
@@ -301,7 +319,8 @@ impl Calling {
         self.dialling.take().inspect(Task::abort);
         let (identity, counters, events) = (self.identity.clone(), self.counters.clone(), self.events.clone());
         self.dialling = Some(tokio::spawn(async move {
-            match call(head, local, Purpose::Control, &identity, counters).await {
+            let present = identity.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            match call(head, local, Purpose::Control, &present, counters).await {
                 Ok(pair) => drop(dialled.send(pair).await),
                 Err(error) => drop(events.send(NetEvent::DialFailed { head, error }).await),
             }
@@ -317,7 +336,8 @@ impl Calling {
         self.beating = Some(tokio::spawn(async move {
             let mut pause = RETRY_FROM;
             for number in first.. {
-                match call(head, local, Purpose::Heartbeat, &identity, counters.clone()).await {
+                let present = identity.lock().unwrap_or_else(PoisonError::into_inner).clone();
+                match call(head, local, Purpose::Heartbeat, &present, counters.clone()).await {
                     Ok((_endpoint, session)) => {
                         pause = RETRY_FROM;
                         let beating = Beating { pulses: pulses.clone(), session, number };

@@ -40,7 +40,7 @@ use std::{
     fmt, io,
     net::SocketAddr,
     pin::pin,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 use tokio::time::timeout;
@@ -55,7 +55,7 @@ const CALL_AGAIN: Duration = Duration::from_secs(1);
 pub enum ConnectError {
     /// The peer belongs to another cluster.
     #[error(
-        "{0} has another cluster token\nhint: use the token of that cluster: --token-file, or RAYLESS_TOKEN, from the head's token file"
+        "{0} has another cluster token\nhint: use the token of that cluster: --token-file, or RAYLESS_TOKEN, from the head's token file; it may have been rotated since this one was copied"
     )]
     WrongToken(SocketAddr),
     /// No common version, or not rayless.
@@ -106,7 +106,8 @@ pub enum EndpointError {
 pub struct Endpoint {
     inner: quinn::Endpoint,
     socket: Arc<CountedSocket>,
-    identity: ClusterIdentity,
+    identity: Arc<Mutex<ClusterIdentity>>,
+    is_called: bool,
     counters: Arc<Counters>,
 }
 
@@ -138,16 +139,7 @@ impl Endpoint {
         identity: &ClusterIdentity,
         counters: Arc<Counters>,
     ) -> Result<(Self, Acceptor), EndpointError> {
-        let crypto = QuicServerConfig::try_from(identity.tls().server_config()).map_err(set_up)?;
-        let mut config = ServerConfig::with_crypto(Arc::new(crypto));
-        config
-            .transport_config(Arc::new(transport(None)))
-            // A node's address does not change under a connection; who speaks from another one is somebody else.
-            .migration(false)
-            .max_incoming(2 * MAX_HALF_OPEN)
-            .incoming_buffer_size(16 << 10)
-            .incoming_buffer_size_total(1 << 20);
-        let endpoint = Self::open(address, Some(config), identity, counters)?;
+        let endpoint = Self::open(address, Some(server_config(identity)?), identity, counters)?;
         let acceptor = Acceptor::open(endpoint.inner.clone(), endpoint.counters.clone());
         Ok((endpoint, acceptor))
     }
@@ -158,6 +150,7 @@ impl Endpoint {
         identity: &ClusterIdentity,
         counters: Arc<Counters>,
     ) -> Result<Self, EndpointError> {
+        let is_called = config.is_some();
         let socket = std::net::UdpSocket::bind(address)
             .map_err(|error| interfaces::port_error(address, Protocol::Udp, &error))?;
         let socket = Arc::new(CountedSocket::new(socket, counters.clone()).map_err(set_up)?);
@@ -167,7 +160,23 @@ impl Endpoint {
         settings.grease_quic_bit(false);
         let inner = quinn::Endpoint::new_with_abstract_socket(settings, config, socket.clone(), Arc::new(QuietRuntime))
             .map_err(set_up)?;
-        Ok(Self { inner, socket, identity: identity.clone(), counters })
+        Ok(Self { inner, socket, identity: Arc::new(Mutex::new(identity.clone())), is_called, counters })
+    }
+
+    /// Shakes hands with `identity` from here on, as caller and as called: tokens have changed, the node has not. Open connections stay.
+    ///
+    /// # Errors
+    /// [`EndpointError::SetUp`].
+    pub fn set_identity(&self, identity: &ClusterIdentity) -> Result<(), EndpointError> {
+        if self.is_called {
+            self.inner.set_server_config(Some(server_config(identity)?));
+        }
+        *self.identity.lock().unwrap_or_else(PoisonError::into_inner) = identity.clone();
+        Ok(())
+    }
+
+    fn identity(&self) -> ClusterIdentity {
+        self.identity.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Where it is bound.
@@ -220,7 +229,7 @@ impl Endpoint {
     async fn call(&self, address: SocketAddr, purpose: Purpose) -> Result<Session, ConnectError> {
         let local = |reason: String| ConnectError::Local { address, reason };
         let crypto =
-            QuicClientConfig::try_from(self.identity.tls().client_config()).map_err(|e| local(e.to_string()))?;
+            QuicClientConfig::try_from(self.identity().tls().client_config()).map_err(|e| local(e.to_string()))?;
         let mut config = ClientConfig::new(Arc::new(crypto));
         config.transport_config(Arc::new(transport(Some(purpose))));
         // The name is not checked (see `identity`); it is there because TLS asks for one.
@@ -253,6 +262,19 @@ impl fmt::Debug for Endpoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Endpoint").field("local_address", &self.inner.local_addr().ok()).finish_non_exhaustive()
     }
+}
+
+fn server_config(identity: &ClusterIdentity) -> Result<ServerConfig, EndpointError> {
+    let crypto = QuicServerConfig::try_from(identity.tls().server_config()).map_err(set_up)?;
+    let mut config = ServerConfig::with_crypto(Arc::new(crypto));
+    config
+        .transport_config(Arc::new(transport(None)))
+        // A node's address does not change under a connection; who speaks from another one is somebody else.
+        .migration(false)
+        .max_incoming(2 * MAX_HALF_OPEN)
+        .incoming_buffer_size(16 << 10)
+        .incoming_buffer_size_total(1 << 20);
+    Ok(config)
 }
 
 fn refused(address: SocketAddr, error: &ConnectionError) -> ConnectError {

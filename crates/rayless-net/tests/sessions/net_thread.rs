@@ -3,7 +3,7 @@
 use crate::support::{ANY, Wire, counters, node, token};
 use rayless_net::{
     heartbeat::{ControlSession, DialError, NetConfig, NetEvent, NetThread, Sign, Watch},
-    identity::ClusterIdentity,
+    identity::{ClusterIdentity, NodeKey},
     quic::{CloseCause, CloseCode, ConnectError},
     token::Token,
 };
@@ -170,6 +170,60 @@ async fn a_wrong_token_is_told_to_the_node_and_to_the_head_which_serves_on() {
     n.net.dial(c.address, LOCAL);
     n.opened().await;
     c.head.opened().await;
+}
+
+#[tokio::test]
+async fn tokens_change_under_open_sessions() {
+    let [old, new] = [token(), token()];
+    let [head_key, node_key] = std::array::from_fn(|_| NodeKey::generate().unwrap());
+    let holds =
+        |key: &NodeKey, token: &Token, other: Option<&Token>| ClusterIdentity::from_tokens(token, other, key).unwrap();
+    let mut head = Daemon::start(&holds(&head_key, &old, None), Some(ANY));
+    let address = head.net.local_address().unwrap();
+    let mut n = Daemon::start(&holds(&node_key, &old, None), None);
+    n.net.dial(address, LOCAL);
+    let near = n.opened().await;
+    let far = head.opened().await;
+    n.net.start_heartbeats(address, LOCAL, Incarnation(1));
+    head.signs.recv().await.unwrap();
+
+    // Both are accepted, whichever the caller has.
+    head.net.set_identity(holds(&head_key, &new, Some(&old)));
+    for known in [&old, &new] {
+        let mut other = Daemon::start(&node(known), None);
+        other.net.dial(address, LOCAL);
+        other.opened().await;
+        let seen = head.opened().await;
+        other.net.shutdown("enough").await;
+        assert_eq!(head.closed().await.0, seen.id());
+    }
+    n.net.set_identity(holds(&node_key, &new, Some(&old)));
+
+    // Then the new one alone; what was open stays, and the node can call again.
+    head.net.set_identity(holds(&head_key, &new, None));
+    n.net.set_identity(holds(&node_key, &new, None));
+    let mut stranger = Daemon::start(&node(&old), None);
+    stranger.net.dial(address, LOCAL);
+    let Some(NetEvent::DialFailed { error: DialError::Connect(ConnectError::WrongToken(_)), .. }) =
+        stranger.events.recv().await
+    else {
+        panic!("not told")
+    };
+    let Some(NetEvent::Refused(refusal)) = head.events.recv().await else { panic!("not told") };
+    assert_eq!(refusal.why.name(), "wrong_token");
+    near.send(b"still here".to_vec()).unwrap();
+    assert_eq!(head.message().await, b"still here");
+    while head.signs.try_recv().is_ok() {}
+    assert_eq!(head.signs.recv().await.unwrap().peer, far.peer());
+    n.net.dial(address, LOCAL);
+    let again = n.opened().await;
+    assert_eq!(head.closed().await.0, far.id());
+    assert_eq!(head.opened().await.peer(), far.peer());
+    again.send(b"with the new one".to_vec()).unwrap();
+    assert_eq!(head.message().await, b"with the new one");
+    // The heartbeat connection too, when it has to be made anew.
+    n.net.start_heartbeats(address, LOCAL, Incarnation(2));
+    while head.signs.recv().await.unwrap().incarnation != Incarnation(2) {}
 }
 
 #[tokio::test]

@@ -11,17 +11,21 @@ use super::{
     stand::{Stand, next_news},
     wire::{News, Wire},
 };
-use crate::run_dir::{self, RunDir};
+use crate::{
+    run_dir::{self, RunDir},
+    tokens::Tokens,
+};
 use rayless_control::{
     Head, Member, SessionId, election, head,
     member::{self, Target},
 };
-use rayless_net::identity::ClusterIdentity;
+use rayless_net::identity::{ClusterIdentity, NodeKey};
 use rayless_proto::{
     ids::{GroupId, NodeId, PlacementGroupId, RequestId},
     limits::REAP_TIMEOUT,
     v1::{
         control::{FromHead, HeadTerm, HeldGroup, HeldPlacementGroup, NodeInfo, RefusalKind, ToHead, ToNode},
+        local::ClientReply,
         status::NodeState,
     },
 };
@@ -46,6 +50,8 @@ const KILL_PATIENCE: Duration = Duration::from_secs(2);
 pub(crate) struct Core {
     pub(crate) run: RunDir,
     pub(crate) exe: PathBuf,
+    pub(crate) key: NodeKey,
+    pub(crate) tokens: Tokens,
     pub(crate) identity: ClusterIdentity,
     pub(crate) info: NodeInfo,
     /// What this node wants of links; each keeper gets it.
@@ -59,8 +65,8 @@ pub(crate) struct Core {
     pub(crate) step_deadline: Duration,
     /// The head as the user named it; empty on the head.
     pub(crate) head_address: String,
-    /// Whether there may be several of them.
-    pub(crate) several_heads: bool,
+    /// The one that the user named, where it was one.
+    pub(crate) named: Option<SocketAddr>,
     /// IP address of the head as this node dials it.
     pub(crate) head_ip: String,
     pub(crate) wire: Wire,
@@ -93,6 +99,10 @@ pub(crate) struct Core {
     /// How long to wait for the first welcome; `None` once it came.
     pub(crate) wait: Option<Duration>,
     pub(crate) phase: Phase,
+    /// Groups of killed keepers whose leftovers are being ended.
+    pub(crate) sweeping: usize,
+    /// When the keepers' processes are looked at next.
+    pub(crate) next_look: Instant,
     /// Last failure to save the head's state, told once.
     pub(crate) save_failed: bool,
 }
@@ -169,6 +179,7 @@ impl Core {
             Event::KeeperStarted { group, started, used } => self.keeper_started(group, started, used),
             Event::KeeperSaid { group, message } => self.keeper_said(group, message),
             Event::KeeperGone { group } => self.keeper_gone(group),
+            Event::Swept { group, used } => self.keeper_swept(group, used),
             Event::Draining { group, gpus } => self.group_drains(group, &gpus),
             Event::Drained { group } => self.group_drained(group),
             Event::GpusFound(probe) => self.gpus_found(&probe, talk),
@@ -244,13 +255,15 @@ impl Core {
             },
             member::Effect::Welcomed { cluster, term, head, your_address, dead_after, first, .. } => {
                 self.keep_term(HeadTerm { cluster, term });
-                if let Some(dialled) = self.dialled.filter(|_| self.several_heads) {
+                // The head may be another one than the user named.
+                if let Some(dialled) = self.dialled.filter(|dialled| self.named != Some(*dialled)) {
                     self.head_address = dialled.to_string();
                 }
                 self.dead_after = self.own_dead_after.unwrap_or(dead_after);
                 self.wire.welcomed(head, self.dead_after);
                 tracing::info!(head = %head.short(), your_address, "member of the cluster");
                 self.wait = None;
+                self.tell_tokens(String::new());
                 self.tell_what_is_here();
                 self.send_requests_again(now);
                 if first {
@@ -259,13 +272,16 @@ impl Core {
                         address: self.address(),
                         head_address: self.head_address.clone(),
                     }));
-                } else {
+                } else if self.head.is_none() {
                     talk(Talk::Line(format!("back in the cluster of {}", self.head_address)));
                 }
             }
             member::Effect::Lost(cause) => {
                 self.wire.lost();
-                talk(Talk::Line(format!("lost the head at {}: {cause}; groups go on", self.head_address)));
+                // To be the head itself, or no longer, is said by itself.
+                if self.dialled.is_some() && self.head.is_none() {
+                    talk(Talk::Line(format!("lost the head at {}: {cause}; groups go on", self.head_address)));
+                }
                 self.head_is_lost(now);
             }
             member::Effect::Deliver(message) => self.head_said(message, now),
@@ -322,6 +338,7 @@ impl Core {
             head::Effect::Watch { node, incarnation } => self.wire.watch(node, incarnation),
             head::Effect::Unwatch { node, incarnation } => self.wire.unwatch(node, incarnation),
             head::Effect::Superseded(term) => self.stand_for(election::Input::Superseded(term)),
+            head::Effect::EndOverlap => self.end_overlap(now),
             head::Effect::Notify(event) => tracing::info!("{}: {}", event.kind, event.cause),
             // The next head is another daemon, as a rule, and this one's view of today is wrong when it comes back.
             head::Effect::SaveState(_) if self.stand.is_some() => {}
@@ -405,6 +422,7 @@ impl Core {
             return Err(self.no_head());
         }
         self.report_worker_states(now);
+        self.look_at_keepers(now);
         self.waits_for_head(now);
         match &mut self.phase {
             Phase::Up => Ok(Flow::Go),
@@ -421,9 +439,9 @@ impl Core {
             }
             Phase::Leaving { kill, killed, told } => {
                 let overdue = *kill <= now;
-                if self.keepers.is_empty() || (overdue && *killed) {
+                if (self.keepers.is_empty() && self.sweeping == 0) || (overdue && *killed) {
                     for (client, request) in std::mem::take(told) {
-                        self.answer(client, request, rayless_proto::v1::local::ClientReply::Done);
+                        self.answer(client, request, ClientReply::Done);
                     }
                     self.member.handle(now, member::Input::Leave);
                     return Ok(Flow::End);
@@ -485,7 +503,8 @@ impl Core {
         let reports = self.keepers.values().filter_map(|keeper| keeper.next_report(STATE_REPORT_PERIOD)).min();
         let head = self.head.as_ref().and_then(Head::next_timeout);
         let stand = self.stand.as_ref().and_then(Stand::next_timeout);
-        [self.member.next_timeout(), head, stand, phase, wait, reports, self.next_wait_report()]
+        let look = (!self.keepers.is_empty()).then_some(self.next_look);
+        [self.member.next_timeout(), head, stand, phase, wait, reports, look, self.next_wait_report()]
             .into_iter()
             .flatten()
             .min()
@@ -551,6 +570,10 @@ impl Core {
                 self.placement_groups.remove(&id);
             }
             ToNode::NodeVerdict { node, name, state, cause } => self.verdict(node, name, state, &cause),
+            ToNode::KeeperStopped { group, node, stopped } => {
+                self.tell_drivers(&ClientReply::KeeperStopped { group, node, stopped });
+            }
+            ToNode::Tokens(set) => self.take_tokens(&set),
             ToNode::Notice(event) => tracing::info!("head: {}: {}", event.kind, event.cause),
             answer => self.answer_from_head(answer, now),
         }

@@ -36,6 +36,8 @@ pub(crate) enum Event {
     KeeperSaid { group: GroupId, message: FromKeeper },
     /// A keeper's process is gone.
     KeeperGone { group: GroupId },
+    /// What the workers of a killed keeper had started is gone. `used`: GPU memory before the group.
+    Swept { group: GroupId, used: Used },
     /// Memory of these GPUs is not back yet after the end of the group.
     Draining { group: GroupId, gpus: Vec<u32> },
     /// Memory of all its GPUs is back.

@@ -12,9 +12,9 @@ use crate::inventory::{
 };
 use rayless_proto::{
     ids::{GroupId, NodeId},
-    limits::MAX_ENDED_GROUPS,
+    limits::{HEARTBEAT_PERIOD, MAX_ENDED_GROUPS},
     v1::{
-        control::{RankAllocation, ToHead},
+        control::{HeldGroup, RankAllocation, ToHead},
         keeper::{FromKeeper, KeeperConfig},
         local::ClientReply,
         status::NodeState,
@@ -149,18 +149,39 @@ impl Core {
     pub(crate) fn keeper_gone(&mut self, group: GroupId) {
         let Some(keeper) = self.keepers.remove(&group) else { return };
         keepers::forget(&self.run, group);
+        let said_so = keeper.ended.is_some();
         let cause = match (keeper.ended, keeper.stopping) {
             (Some(cause), _) | (None, Some(cause)) => cause,
             (None, None) => format!("the keeper on {} died", self.info.name),
         };
         tracing::info!(%group, cause, "a keeper has ended");
+        if said_so {
+            self.after_keeper(group, keeper.held, cause, keeper.used);
+        } else {
+            // Killed: nobody has looked after what its workers had started.
+            keepers::sweep(group, keeper.held.pids.clone(), keeper.used, self.events.clone());
+            self.sweeping += 1;
+            self.ending.insert(group, (keeper.held, cause));
+        }
+    }
+
+    /// What a killed keeper left is gone.
+    pub(crate) fn keeper_swept(&mut self, group: GroupId, used: Used) {
+        self.sweeping = self.sweeping.saturating_sub(1);
+        if let Some((held, cause)) = self.ending.remove(&group) {
+            self.after_keeper(group, held, cause, used);
+        }
+    }
+
+    /// No process of the group is left here: its GPUs' memory is waited for.
+    fn after_keeper(&mut self, group: GroupId, held: HeldGroup, cause: String, used: Used) {
         let still_held: BTreeSet<u32> = self.keepers.values().flat_map(Keeper::gpus).collect();
-        let before: Used = keeper.used.into_iter().filter(|(index, _)| !still_held.contains(index)).collect();
+        let before: Used = used.into_iter().filter(|(index, _)| !still_held.contains(index)).collect();
         if before.is_empty() {
             self.tell_ended(group, cause);
         } else {
             // The head hears that GPUs drain before it hears that they are given back.
-            self.ending.insert(group, (keeper.held, cause));
+            self.ending.insert(group, (held, cause));
             drain::watch(group, before, self.events.clone());
         }
     }
@@ -202,8 +223,11 @@ impl Core {
     /// After a join: what the new session knows nothing of.
     pub(crate) fn tell_what_is_here(&mut self) {
         let up = self.keepers.iter().filter(|(_, keeper)| keeper.is_up() && keeper.stopping.is_none());
-        for group in up.map(|(group, _)| *group).collect::<Vec<_>>() {
+        for (group, stopped) in up.map(|(group, keeper)| (*group, keeper.is_stopped())).collect::<Vec<_>>() {
             self.tell_head(ToHead::KeeperReady { group });
+            if stopped {
+                self.tell_head(ToHead::KeeperStopped { group, stopped });
+            }
         }
         let gpus: BTreeSet<u32> = self.draining.values().flatten().copied().collect();
         if !gpus.is_empty() {
@@ -246,11 +270,33 @@ impl Core {
         for keeper in self.keepers.values() {
             keeper.verdict(node, state);
         }
+        let verdict = ClientReply::NodeVerdict { node, name: name.to_owned(), state, cause: cause.to_owned() };
+        self.tell_drivers(&verdict);
+    }
+
+    /// Tells every driver of this node.
+    pub(crate) fn tell_drivers(&mut self, news: &ClientReply) {
         let drivers: Vec<_> =
             self.clients.iter().filter(|(_, client)| client.is_driver).map(|(client, _)| *client).collect();
         for client in drivers {
-            let verdict = ClientReply::NodeVerdict { node, name: name.to_owned(), state, cause: cause.to_owned() };
-            self.answer(client, 0, verdict);
+            self.answer(client, 0, news.clone());
+        }
+    }
+
+    /// Twice a second: whether a keeper is stopped. Its driver would take it for one that is late, since this node lives.
+    pub(crate) fn look_at_keepers(&mut self, now: Instant) {
+        if self.keepers.is_empty() || now < self.next_look {
+            return;
+        }
+        self.next_look = now + HEARTBEAT_PERIOD;
+        let changed: Vec<_> = self
+            .keepers
+            .iter_mut()
+            .filter_map(|(group, keeper)| keeper.stopped_changed().map(|stopped| (*group, stopped)))
+            .collect();
+        for (group, stopped) in changed {
+            tracing::warn!(%group, "its keeper {}", if stopped { "is stopped (SIGSTOP)" } else { "runs again" });
+            self.tell_head(ToHead::KeeperStopped { group, stopped });
         }
     }
 

@@ -10,13 +10,18 @@ use super::{
 use crate::{inventory::gpu::Used, run_dir::RunDir};
 use rayless_proto::{
     ids::{GroupId, NodeId, Rank},
+    limits::REAP_TIMEOUT,
     v1::{
         control::{HeldGroup, RankAllocation, WorkerState},
         keeper::KeeperConfig,
+        local::LeafBundle,
         status::NodeState,
     },
 };
-use rayless_worker::keeper::{self, HandOver, KeeperHandle};
+use rayless_worker::{
+    keeper::{self, HandOver, KeeperHandle},
+    stopped::is_stopped,
+};
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
@@ -32,12 +37,16 @@ pub(crate) struct Keeper {
     pub(crate) held: HeldGroup,
     /// Its task; `None` while it starts.
     link: Option<Link>,
+    /// The identity that it is to have when it is up, where that changed meanwhile.
+    leaf: Option<LeafBundle>,
     /// The stop asked for, with its cause.
     pub(crate) stopping: Option<String>,
     /// How it ended, by its own word.
     pub(crate) ended: Option<String>,
     /// GPU memory before it.
     pub(crate) used: Used,
+    /// Its process was stopped when last looked at, as told to the head.
+    stopped: bool,
     /// Ranks whose ready/busy state changed since the last report, and when that was.
     changed: BTreeSet<Rank>,
     reported: Option<Instant>,
@@ -48,12 +57,14 @@ struct Link {
     commands: mpsc::UnboundedSender<Command>,
     hand_over: HandOver,
     socket: PathBuf,
+    pid: u32,
 }
 
 #[derive(Debug)]
 enum Command {
     Stop(String),
     Verdict(NodeId, NodeState),
+    Identify(LeafBundle),
 }
 
 impl Keeper {
@@ -62,9 +73,11 @@ impl Keeper {
         Self {
             held,
             link: None,
+            leaf: None,
             stopping: None,
             ended: None,
             used: Used::new(),
+            stopped: false,
             changed: BTreeSet::new(),
             reported: None,
         }
@@ -74,7 +87,8 @@ impl Keeper {
     pub(crate) fn attach(&mut self, mut handle: KeeperHandle, events: Events) {
         let group = self.held.group;
         let (commands, mut queue) = mpsc::unbounded_channel();
-        self.link = Some(Link { commands, hand_over: handle.hand_over(), socket: handle.socket().clone() });
+        self.link =
+            Some(Link { commands, hand_over: handle.hand_over(), socket: handle.socket().clone(), pid: handle.pid() });
         tokio::spawn(async move {
             loop {
                 tokio::select! {
@@ -92,15 +106,30 @@ impl Keeper {
                     command = queue.recv() => match command {
                         Some(Command::Stop(cause)) => handle.stop(&cause),
                         Some(Command::Verdict(node, state)) => handle.verdict(node, state),
+                        Some(Command::Identify(leaf)) => handle.identify(leaf),
                         // The daemon ends and leaves the keeper alone.
                         None => return,
                     },
                 }
             }
         });
+        if let Some(leaf) = self.leaf.take() {
+            self.command(Command::Identify(leaf));
+        }
         if let Some(cause) = self.stopping.clone() {
             self.command(Command::Stop(cause));
         }
+    }
+
+    /// Whether its process was stopped or went on since the last look: what it is now.
+    pub(crate) fn stopped_changed(&mut self) -> Option<bool> {
+        let now = self.link.as_ref().is_some_and(|link| is_stopped(link.pid));
+        (std::mem::replace(&mut self.stopped, now) != now).then_some(now)
+    }
+
+    /// Whether it is stopped, as last seen.
+    pub(crate) const fn is_stopped(&self) -> bool {
+        self.stopped
     }
 
     /// Whether it takes sessions.
@@ -119,6 +148,14 @@ impl Keeper {
     /// Tells it what the head holds a node for.
     pub(crate) fn verdict(&self, node: NodeId, state: NodeState) {
         self.command(Command::Verdict(node, state));
+    }
+
+    /// Gives it another identity for sessions to come.
+    pub(crate) fn identify(&mut self, leaf: LeafBundle) {
+        match &self.link {
+            Some(_) => self.command(Command::Identify(leaf)),
+            None => self.leaf = Some(leaf),
+        }
     }
 
     fn command(&self, command: Command) {
@@ -222,10 +259,23 @@ pub(crate) async fn find(run: &RunDir, events: &Events) -> BTreeMap<GroupId, Kee
             Err(error) => {
                 tracing::info!(%group, %error, "a keeper of an earlier daemon is gone");
                 forget(run, group);
+                sweep(group, Vec::new(), Used::new(), events.clone());
             }
         }
     }
     found
+}
+
+/// Ends what the workers of a killed keeper had started: [`Event::Swept`] tells when it is gone.
+pub(crate) fn sweep(group: GroupId, workers: Vec<u32>, used: Used, events: Events) {
+    tokio::spawn(async move {
+        let workers: Vec<u32> = workers.into_iter().filter(|pid| *pid != 0).collect();
+        let found = keeper::clear_orphans(group, &workers, Instant::now() + REAP_TIMEOUT).await;
+        if found > 0 {
+            tracing::warn!(%group, found, "ended what the workers of a killed keeper had started");
+        }
+        let _ = events.send(Event::Swept { group, used }).await;
+    });
 }
 
 /// Removes the files of a keeper that is gone. Its logs stay.

@@ -12,6 +12,7 @@ mod groups;
 mod keepers;
 mod requests;
 mod stand;
+mod tokens;
 mod wire;
 
 use self::{
@@ -25,6 +26,7 @@ use crate::{
     node_env,
     run_dir::{RunDir, RunDirLock},
     store::StoreConfig,
+    tokens::Tokens,
 };
 use rayless_control::{
     Head, Member,
@@ -70,7 +72,7 @@ pub struct DaemonConfig {
     pub run_dir: RunDir,
     /// Head or not.
     pub role: Role,
-    /// The cluster's secret.
+    /// The cluster's secret, or one that a rotation on this node has replaced.
     pub token: Token,
     /// `--port`; 0 takes a free one.
     pub port: u16,
@@ -208,7 +210,9 @@ async fn start(config: DaemonConfig, lock: RunDirLock, talk: &mut dyn FnMut(Talk
     let started = Instant::now();
     let inventory = inventory::quick(&config.wishes).map_err(usage)?;
     let key = NodeKey::load_or_create(&config.run_dir.node_key()).map_err(failed)?;
-    let identity = ClusterIdentity::from_token(&config.token, &key).map_err(failed)?;
+    let tokens = Tokens::load(&config.run_dir, &config.token, SystemTime::now()).map_err(failed)?;
+    tokens.save_plain(&config.run_dir).map_err(|error| failed(format!("cannot write the token file: {error}")))?;
+    let identity = ClusterIdentity::from_tokens(tokens.current(), tokens.previous(), &key).map_err(failed)?;
     let (head_text, addresses, wait) = match &config.role {
         Role::Head | Role::OneOfSeveral { .. } => (String::new(), Vec::new(), None),
         Role::Node { head, wait } => {
@@ -245,7 +249,7 @@ async fn start(config: DaemonConfig, lock: RunDirLock, talk: &mut dyn FnMut(Talk
         }
         Role::Node { .. } => (None, None, addresses.iter().copied().map(Target::At).collect()),
     };
-    let several_heads = stand.is_some() || addresses.len() > 1;
+    let named = if addresses.len() == 1 { addresses.first().copied() } else { None };
     if let Some(limit) = inventory::memlock_limit().filter(|limit| *limit < 64 << 20) {
         tracing::info!("locked memory is limited to {} KiB: RDMA would need more (`ulimit -l unlimited`)", limit >> 10);
     }
@@ -263,16 +267,18 @@ async fn start(config: DaemonConfig, lock: RunDirLock, talk: &mut dyn FnMut(Talk
         },
         started,
     );
-    let core = Core {
+    let mut core = Core {
         run: config.run_dir,
         exe: config.exe,
+        key,
+        tokens,
         identity,
         gpus_measured: gpu::has_driver() && !inventory.gpus.is_empty(),
         dead_after,
         own_dead_after: config.dead_after,
         step_deadline: config.step_deadline,
         head_address: head_text,
-        several_heads,
+        named,
         stand,
         seen,
         dialled: None,
@@ -296,8 +302,15 @@ async fn start(config: DaemonConfig, lock: RunDirLock, talk: &mut dyn FnMut(Talk
         started,
         wait,
         phase: Phase::Up,
+        sweeping: 0,
+        next_look: started,
         save_failed: false,
     };
+    let overlap = core.tokens.overlap_left(SystemTime::now());
+    core.hand_in_tokens(overlap, started);
+    if core.tokens.was_rotated() {
+        core.identify_keepers();
+    }
     let outcome = core.serve(queue, talk).await;
     drop(lock);
     outcome

@@ -39,6 +39,14 @@ impl Core {
                 self.begin_leave(Some((client, request)), now);
                 return;
             }
+            ClientRequest::RotateToken { overlap_ms } => {
+                self.rotate_token(client, request, overlap_ms, now);
+                return;
+            }
+            ClientRequest::FinishRotation => {
+                self.finish_rotation(client, request, now);
+                return;
+            }
             ClientRequest::CreateGroup(mut spec) => {
                 // Known here for certain, whatever the client thinks.
                 spec.driver_node = self.info.id;

@@ -19,7 +19,7 @@ use rayless_proto::{
     },
 };
 use rustix::time::{ClockId, clock_gettime};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 use tokio::sync::mpsc;
 
 /// What a daemon that may be the head has besides.
@@ -205,6 +205,8 @@ impl Core {
         self.say(format!("this daemon is the head now (term {})", term.0));
         self.head_address = String::new();
         self.head = Some(Head::new(config, now));
+        let overlap = self.tokens.overlap_left(SystemTime::now());
+        self.hand_in_tokens(overlap, now);
         let cause = "this daemon is the head now".to_owned();
         self.member.handle(now, member::Input::Heads(vec![Target::Here], cause));
     }

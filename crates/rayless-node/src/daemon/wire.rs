@@ -212,6 +212,13 @@ impl Wire {
         .sum()
     }
 
+    /// Shakes hands with this identity from here on.
+    pub(crate) fn set_identity(&self, identity: &ClusterIdentity) {
+        if let Some(net) = &self.net {
+            net.set_identity(identity.clone());
+        }
+    }
+
     // A node's side.
 
     pub(crate) fn dial(&mut self, session: SessionId, head: SocketAddr) {

@@ -1,8 +1,11 @@
 //! Node and head: membership, placement and the life of groups.
 
-use super::status::{Event, StatusReport};
+use super::{
+    status::{Event, StatusReport},
+    token::TokenSet,
+};
 use crate::{
-    ids::{ClusterId, GroupId, Incarnation, NodeId, PlacementGroupId, Rank, RequestId, Term},
+    ids::{ClusterId, GroupId, Incarnation, NodeId, PlacementGroupId, Rank, RequestId, Term, TokenMark},
     resources::{Allocation, Resources, Strategy},
 };
 use rkyv::{Archive, Deserialize, Serialize};
@@ -321,6 +324,13 @@ pub enum ToHead {
         /// One line that names them and what they are in.
         line: String,
     },
+    /// The process of a keeper is stopped (SIGSTOP, a debugger's pause), or runs again: the kernel says so, no silence is guessed at.
+    KeeperStopped {
+        /// The group.
+        group: GroupId,
+        /// Whether it is stopped now.
+        stopped: bool,
+    },
     /// Memory of these GPUs is not back yet (`true`) or is back (`false`).
     GpuDraining {
         /// GPU index and whether it drains.
@@ -330,6 +340,13 @@ pub enum ToHead {
     Update {
         /// The node with all it knows now. Resources may only grow by what was unknown at the join.
         info: NodeInfo,
+    },
+    /// The tokens that this node accepts: after each welcome, and as the answer to `Tokens`.
+    TokensHeld {
+        /// Their marks, the current one's first.
+        marks: Vec<TokenMark>,
+        /// Why the ones of the last `Tokens` could not be taken; empty otherwise.
+        problem: String,
     },
 }
 
@@ -467,6 +484,17 @@ pub enum ToNode {
         /// One line of cause.
         cause: String,
     },
+    /// The keeper of a group whose driver is on the receiving node is stopped, or runs again; goes on to the driver.
+    KeeperStopped {
+        /// The group.
+        group: GroupId,
+        /// The keeper's node.
+        node: NodeId,
+        /// Whether it is stopped now.
+        stopped: bool,
+    },
+    /// Accept these tokens and no others from here on; answered with `TokensHeld` once they are on disk.
+    Tokens(TokenSet),
     /// Something that the node's own log should have too.
     Notice(Event),
 }

@@ -66,6 +66,8 @@ pub enum ToKeeper {
         /// One line.
         cause: String,
     },
+    /// Shake hands with this identity from here on: the cluster's tokens have changed.
+    Leaf(LeafBundle),
     /// The head's view of a peer of this group's sessions.
     NodeVerdict {
         /// The node.

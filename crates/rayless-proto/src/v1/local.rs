@@ -40,6 +40,14 @@ pub enum ClientRequest {
     RemovePlacementGroup(PlacementGroupId),
     /// End this daemon and its groups.
     Stop,
+    /// Make a new cluster token and have every node accept it beside the present one. For the daemon of the head. Answered with `Done`
+    /// once it is on disk there; `Status` tells which nodes have it.
+    RotateToken {
+        /// After this many milliseconds the present one is no longer accepted; `None`: by `FinishRotation` only.
+        overlap_ms: Option<u64>,
+    },
+    /// Accept the new token alone from here on. Refused while a living node has not taken it.
+    FinishRotation,
 }
 
 /// A request with its number.
@@ -140,6 +148,15 @@ pub enum ClientReply {
         /// One line.
         cause: String,
     },
+    /// The keeper of one of this client's groups is stopped, or runs again: nobody vouches for it while it is.
+    KeeperStopped {
+        /// The group.
+        group: GroupId,
+        /// The keeper's node.
+        node: NodeId,
+        /// Whether it is stopped now.
+        stopped: bool,
+    },
     /// Done, nothing more to say.
     Done,
     /// Refused.
@@ -154,7 +171,7 @@ pub enum ClientReply {
 /// A reply with the number of its request.
 #[derive(Archive, Serialize, Deserialize, Clone, PartialEq, Debug)]
 pub struct DaemonMessage {
-    /// Number of the request; 0 for a `NodeVerdict`.
+    /// Number of the request; 0 for a `NodeVerdict` or `KeeperStopped`.
     pub request: RequestId,
     /// What it says.
     pub body: ClientReply,

@@ -8,6 +8,7 @@
 //! | [`keeper`] | a daemon and a keeper | Unix socket |
 //! | [`step`] | a driver and a keeper | TLS over TCP, or Unix socket on one host |
 //! | [`link`] | two workers of a group | TLS over TCP |
+//! | [`token`] | node and head, while a token is rotated | inside `control` |
 //! | [`status`] | what `rayless status --json` shows | inside `control` and `local` |
 //!
 //! What people see of them is made in `status_json` (`StatusReport::to_json`) `need_have` (`NeedHave` as text)
@@ -27,3 +28,4 @@ pub mod status;
 mod status_json;
 #[allow(missing_docs, reason = "rkyv derives undocumented types for enums with named fields")]
 pub mod step;
+pub mod token;

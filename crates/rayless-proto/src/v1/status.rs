@@ -2,7 +2,7 @@
 
 use super::control::{NodeEnv, WorkerState};
 use crate::{
-    ids::{ClusterId, GroupId, NodeId, PlacementGroupId, Rank, Term},
+    ids::{ClusterId, GroupId, NodeId, PlacementGroupId, Rank, Term, TokenMark},
     resources::Resources,
 };
 use rkyv::{Archive, Deserialize, Serialize};
@@ -24,6 +24,8 @@ pub struct StatusReport {
     pub uptime_ms: u64,
     /// Handshakes refused since the head started (wrong token, malformed, too many at once).
     pub refused_handshakes: u64,
+    /// `cluster.token`, and `has_token` of each node
+    pub token: TokenStatus,
     /// `nodes`
     pub nodes: Vec<NodeStatus>,
     /// `groups`
@@ -47,6 +49,19 @@ pub struct HeadSeat {
     pub address: String,
     /// Whether it is the head now.
     pub active: bool,
+}
+
+/// The cluster's token as people see it.
+#[derive(Archive, Serialize, Deserialize, Clone, PartialEq, Debug, Default)]
+pub struct TokenStatus {
+    /// Mark of the current one.
+    pub mark: Option<TokenMark>,
+    /// Whether the one before it is still accepted.
+    pub rotating: bool,
+    /// Milliseconds until it no longer is, where an overlap was given.
+    pub left_ms: Option<u64>,
+    /// Living nodes that do not accept what the head accepts, each with its reason where it gave one.
+    pub behind: Vec<(NodeId, String)>,
 }
 
 /// What the head holds a node for.

@@ -1,7 +1,7 @@
 //! `rayless status --json`, the same for the command, the status page and Python. Its names are a contract:
 //! fields may be added, never renamed.
 
-use super::status::{GroupStatus, LinkStatus, NodeStatus, PlacementGroupStatus, StatusReport};
+use super::status::{GroupStatus, LinkStatus, NodeState, NodeStatus, PlacementGroupStatus, StatusReport};
 use crate::resources::{Quantity, Resources};
 use serde_json::{Map, Value, json};
 
@@ -23,8 +23,13 @@ impl StatusReport {
                 "protocol": self.protocol,
                 "uptime_s": self.uptime_ms as f64 / 1e3,
                 "refused_handshakes": self.refused_handshakes,
+                "token": {
+                    "mark": self.token.mark.map(|mark| mark.to_string()),
+                    "rotating": self.token.rotating,
+                    "ends_in_s": self.token.left_ms.map(|left| left as f64 / 1e3),
+                },
             },
-            "nodes": self.nodes.iter().map(node).collect::<Vec<_>>(),
+            "nodes": self.nodes.iter().map(|one| node(one, self)).collect::<Vec<_>>(),
             "groups": self.groups.iter().map(group).collect::<Vec<_>>(),
             "placement_groups": self.placement_groups.iter().map(placement_group).collect::<Vec<_>>(),
             "links": self.links.iter().map(link).collect::<Vec<_>>(),
@@ -51,7 +56,9 @@ impl Quantity {
     }
 }
 
-fn node(node: &NodeStatus) -> Value {
+fn node(node: &NodeStatus, report: &StatusReport) -> Value {
+    let is_gone = matches!(node.state, NodeState::Dead | NodeState::Left);
+    let behind = report.token.behind.iter().any(|(id, _)| *id == node.id);
     json!({
         "id": node.id.to_string(),
         "name": node.name,
@@ -73,6 +80,7 @@ fn node(node: &NodeStatus) -> Value {
         })).collect::<Vec<_>>(),
         "versions": node.versions.iter().map(|(name, version)| (name.clone(), json!(version))).collect::<Map<_, _>>(),
         "interface": node.interface,
+        "has_token": if is_gone { Value::Null } else { json!(!behind) },
         "env": node.node_env.iter().map(|env| json!({
             "name": env.name,
             "value": env.value,
@@ -130,11 +138,11 @@ fn link(link: &LinkStatus) -> Value {
 mod tests {
     use super::super::{
         control::WorkerState,
-        status::{Event, GpuState, GpuStatus, GroupState, HeadSeat, NodeState, WorkerStatus},
+        status::{Event, GpuState, GpuStatus, GroupState, HeadSeat, NodeState, TokenStatus, WorkerStatus},
     };
     use super::*;
     use crate::{
-        ids::{ClusterId, GroupId, NodeId, Term},
+        ids::{ClusterId, GroupId, NodeId, Term, TokenMark},
         resources::{CPU, GPU},
     };
 
@@ -149,6 +157,12 @@ mod tests {
             protocol: 1,
             uptime_ms: 1500,
             refused_handshakes: 2,
+            token: TokenStatus {
+                mark: Some(TokenMark([0xab; 8])),
+                rotating: true,
+                left_ms: Some(1500),
+                behind: vec![(id, "its disk is full".into())],
+            },
             nodes: vec![NodeStatus {
                 id,
                 name: "a".into(),
@@ -188,6 +202,11 @@ mod tests {
         let shown = report.to_json();
         assert_eq!(shown["cluster"]["uptime_s"], 1.5);
         assert_eq!((&shown["cluster"]["term"], &shown["cluster"]["heads"][0]["state"]), (&json!(4), &json!("active")));
+        assert_eq!(
+            shown["cluster"]["token"],
+            json!({ "mark": "abababababababab", "rotating": true, "ends_in_s": 1.5 })
+        );
+        assert_eq!(shown["nodes"][0]["has_token"], false);
         assert_eq!(shown["nodes"][0]["role"], "head");
         assert_eq!(shown["nodes"][0]["resources"], json!({ "CPU": 2, "GPU": 0.5 }));
         assert_eq!(shown["nodes"][0]["gpus"][0]["state"], "held");

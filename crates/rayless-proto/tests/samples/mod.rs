@@ -1,7 +1,7 @@
 //! One well-formed message of every kind: where the decoder tests and the fuzz targets begin.
 
 use rayless_proto::{
-    ids::{ClusterId, GroupId, Incarnation, NodeId, PlacementGroupId, Term},
+    ids::{ClusterId, GroupId, Incarnation, NodeId, PlacementGroupId, Term, TokenMark},
     resources::{Allocation, CPU, GPU, GpuShare, Quantity, Resources, Strategy},
     v1::{
         control::{
@@ -16,9 +16,10 @@ use rayless_proto::{
         local::{ClientMessage, ClientReply, ClientRequest, DaemonMessage, Identity, LeafBundle},
         status::{
             Event, GpuState, GpuStatus, GroupState, GroupStatus, HeadSeat, LinkStatus, NodeState, NodeStatus,
-            PlacementGroupStatus, StatusReport, WorkerStatus,
+            PlacementGroupStatus, StatusReport, TokenStatus, WorkerStatus,
         },
         step::{KeeperEvent, Launch, LinkMoved, Look, RankLook},
+        token::{MarkedToken, TokenSet},
     },
 };
 
@@ -59,9 +60,11 @@ pub fn to_head() -> Vec<ToHead> {
         ToHead::KeeperReady { group: GROUP },
         ToHead::WorkerChanged { group: GROUP, rank: 1, pid: 77, state: WorkerState::Busy },
         ToHead::GroupEnded { group: GROUP, cause: "rank 1 was killed".into() },
+        ToHead::KeeperStopped { group: GROUP, stopped: true },
         ToHead::RanksStuck { group: GROUP, line: "rank 1: 12 s in execute_model (call 17)".into() },
         ToHead::GpuDraining { gpus: vec![(0, true), (1, false)] },
         ToHead::Update { info: info() },
+        ToHead::TokensHeld { marks: vec![TokenMark([1; 8]), TokenMark([2; 8])], problem: "disk full".into() },
     ]
 }
 
@@ -94,7 +97,9 @@ fn to_node() -> Vec<ToNode> {
         ToNode::RequestRefused { request: 4, refusal: refusal(), table: Some(table()) },
         ToNode::Status { request: 5, report: report() },
         ToNode::NodeVerdict { node: NODE, name: "b".into(), state: NodeState::Suspect, cause: "silent".into() },
+        ToNode::KeeperStopped { group: GROUP, node: NODE, stopped: true },
         ToNode::Notice(event()),
+        ToNode::Tokens(TokenSet { current: token(1), previous: Some(token(2)) }),
     ]
 }
 
@@ -113,6 +118,8 @@ pub fn client_messages() -> Vec<ClientMessage> {
         },
         ClientRequest::RemovePlacementGroup(PLACEMENT_GROUP),
         ClientRequest::Stop,
+        ClientRequest::RotateToken { overlap_ms: Some(60_000) },
+        ClientRequest::FinishRotation,
     ]
     .into_iter()
     .zip(1..)
@@ -149,6 +156,7 @@ pub fn daemon_messages() -> Vec<DaemonMessage> {
         },
         ClientReply::PlacementGroupPlaced { id: PLACEMENT_GROUP, nodes: vec![NODE] },
         ClientReply::NodeVerdict { node: NODE, name: "b".into(), state: NodeState::Dead, cause: "silent".into() },
+        ClientReply::KeeperStopped { group: GROUP, node: NODE, stopped: false },
         ClientReply::Done,
         ClientReply::Refused { refusal: refusal(), table: None },
     ]
@@ -164,6 +172,7 @@ pub fn to_keeper() -> Vec<ToKeeper> {
         ToKeeper::Watch,
         ToKeeper::Stop { cause: "stopped by `rayless stop`".into() },
         ToKeeper::NodeVerdict { node: NODE, state: NodeState::Alive },
+        ToKeeper::Leaf(leaf()),
         ToKeeper::Look(look()),
     ]
 }
@@ -317,6 +326,10 @@ pub fn keeper_events() -> Vec<KeeperEvent> {
     ]
 }
 
+fn token(number: u8) -> MarkedToken {
+    MarkedToken { mark: TokenMark([number; 8]), text: "rl1_60rk4csm6mv3ee1sc5h66s35csrgesv7".into() }
+}
+
 /// What a driver asks when nothing moves.
 pub fn look() -> Look {
     Look { still_ms: 10_000, stacks: true }
@@ -345,6 +358,12 @@ pub fn report() -> StatusReport {
         protocol: 1,
         uptime_ms: 1000,
         refused_handshakes: 2,
+        token: TokenStatus {
+            mark: Some(TokenMark([1; 8])),
+            rotating: true,
+            left_ms: Some(60_000),
+            behind: vec![(NODE, "its disk is full".into())],
+        },
         nodes: vec![NodeStatus {
             id: NODE,
             name: "a".into(),

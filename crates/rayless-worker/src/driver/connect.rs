@@ -17,8 +17,11 @@ use rustls::{ClientConnection, pki_types::ServerName};
 use std::{
     io::{self, Read, Write},
     net::{IpAddr, SocketAddr, TcpStream},
-    sync::Arc,
-    thread,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
     time::Duration,
 };
 
@@ -28,36 +31,60 @@ const CONNECT_ATTEMPTS: u32 = 6;
 /// For each answer of the other side. It gives the whole handshake so long.
 const ANSWER_TIMEOUT: Duration = HANDSHAKE_TIMEOUT;
 
-/// A session to the keeper on each of `nodes`, opened at the same time.
-pub(super) fn open_all(parts: &PlacedParts, nodes: &[&PlacedNode]) -> Result<Vec<Session>, StartError> {
-    let identity = TlsIdentity::from_bundle(&parts.leaf);
-    thread::scope(|scope| {
-        let opening: Vec<_> = nodes
-            .iter()
-            .map(|node| {
-                let identity = &identity;
-                scope.spawn(move || {
-                    let local = parts.local_keeper.as_ref().filter(|_| node.id == parts.local_node);
-                    let address = local.map_or_else(
-                        || format!("{}:{}", node.address, node.port),
-                        |socket| socket.display().to_string(),
-                    );
-                    let session = match (local, identity) {
-                        (Some(socket), _) => open_local(socket),
-                        (None, Ok(identity)) => open_remote(node, parts.group, identity),
-                        (None, Err(error)) => Err(io::Error::other(error.to_string())),
-                    };
-                    session.map_err(|error| StartError::Unreachable {
-                        name: node.name.clone(),
-                        address,
-                        cause: error.to_string(),
-                    })
-                })
-            })
-            .collect();
-        let joined = opening.into_iter().map(|thread| thread.join());
-        joined.map(|session| session.unwrap_or_else(|_| Err(io::Error::other("a thread panicked").into()))).collect()
-    })
+/// Between two looks at whether it is still worth it.
+const TICK: Duration = Duration::from_millis(100);
+
+/// A session to the keeper on each of `nodes`, opened at the same time. `worth_it` is asked again and again with the nodes that have not answered
+/// yet, and ends it all with its error: what is under way then is left to end by itself, within one attempt.
+pub(super) fn open_all(
+    parts: &PlacedParts,
+    nodes: &[&PlacedNode],
+    worth_it: &mut dyn FnMut(&[&PlacedNode]) -> Result<(), StartError>,
+) -> Result<Vec<Session>, StartError> {
+    let identity = Arc::new(TlsIdentity::from_bundle(&parts.leaf).map_err(|error| error.to_string()));
+    let given_up = Arc::new(AtomicBool::new(false));
+    let (done, opened) = mpsc::channel();
+    for (index, node) in nodes.iter().copied().enumerate() {
+        let local = parts.local_keeper.clone().filter(|_| node.id == parts.local_node);
+        let (node, group, done) = (node.clone(), parts.group, done.clone());
+        let (identity, given_up) = (Arc::clone(&identity), Arc::clone(&given_up));
+        std::thread::Builder::new().name("rayless-open".into()).spawn(move || {
+            let address = local
+                .as_ref()
+                .map_or_else(|| format!("{}:{}", node.address, node.port), |socket| socket.display().to_string());
+            let session = match (&local, &*identity) {
+                (Some(socket), _) => open_local(socket),
+                (None, Ok(identity)) => open_remote(&node, group, identity, &given_up),
+                (None, Err(error)) => Err(io::Error::other(error.clone())),
+            };
+            let session = session.map_err(|error| StartError::Unreachable {
+                name: node.name.clone(),
+                address,
+                cause: error.to_string(),
+            });
+            let _ = done.send((index, session));
+        })?;
+    }
+    drop(done);
+    let mut sessions: Vec<Option<Session>> = nodes.iter().map(|_| None).collect();
+    let outcome = loop {
+        match opened.recv_timeout(TICK) {
+            Ok((index, Ok(session))) => sessions[index] = Some(session),
+            Ok((_, Err(error))) => break Err(error),
+            Err(mpsc::RecvTimeoutError::Timeout) => {}
+            Err(mpsc::RecvTimeoutError::Disconnected) => break Err(io::Error::other("a thread ended early").into()),
+        }
+        let open = sessions.iter().zip(nodes).filter(|(session, _)| session.is_none());
+        let open: Vec<&PlacedNode> = open.map(|(_, node)| *node).collect();
+        if open.is_empty() {
+            break Ok(());
+        }
+        if let Err(error) = worth_it(&open) {
+            break Err(error);
+        }
+    };
+    given_up.store(true, Ordering::Relaxed);
+    outcome.map(|()| sessions.into_iter().flatten().collect())
 }
 
 fn open_local(socket: &std::path::Path) -> io::Result<Session> {
@@ -66,9 +93,14 @@ fn open_local(socket: &std::path::Path) -> io::Result<Session> {
     Session::local(stream)
 }
 
-fn open_remote(node: &PlacedNode, group: GroupId, identity: &TlsIdentity) -> io::Result<Session> {
+fn open_remote(
+    node: &PlacedNode,
+    group: GroupId,
+    identity: &TlsIdentity,
+    given_up: &AtomicBool,
+) -> io::Result<Session> {
     let address: IpAddr = node.address.parse().map_err(io::Error::other)?;
-    let mut socket = connect(SocketAddr::new(address, node.port))?;
+    let mut socket = connect(SocketAddr::new(address, node.port), given_up)?;
     socket.set_nodelay(true)?;
     retries::keep_short(&socket)?;
     socket.set_read_timeout(Some(ANSWER_TIMEOUT))?;
@@ -87,10 +119,10 @@ fn open_remote(node: &PlacedNode, group: GroupId, identity: &TlsIdentity) -> io:
 }
 
 /// The kernel repeats a lost first packet after 1, 3 and 7 seconds: on a lossy network many short attempts are better than one long.
-fn connect(address: SocketAddr) -> io::Result<TcpStream> {
+fn connect(address: SocketAddr, given_up: &AtomicBool) -> io::Result<TcpStream> {
     for _ in 1..CONNECT_ATTEMPTS {
         match TcpStream::connect_timeout(&address, CONNECT_TIMEOUT) {
-            Err(error) if error.kind() == io::ErrorKind::TimedOut => {}
+            Err(error) if error.kind() == io::ErrorKind::TimedOut && !given_up.load(Ordering::Relaxed) => {}
             done => return done,
         }
     }

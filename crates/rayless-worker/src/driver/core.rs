@@ -9,14 +9,15 @@ use super::{
     stuck::Watch,
 };
 use crate::{
-    client::LocalClient,
+    client::{LocalClient, Unasked},
     event,
     ring::{AskedSet, CallWriter, Record, ReplyReader, Ring, RingError},
     session::{Frame, JUST_AFTER, OUTPUT_SOFT_LIMIT, Session, SessionError, plain_header},
+    stopped::is_stopped,
 };
 use rayless_proto::{
     codec,
-    ids::{CallId, NodeId, Rank},
+    ids::{CallId, GroupId, NodeId, Rank},
     limits::{HEARTBEAT_PERIOD, MAX_CALL, MAX_CALLS_IN_FLIGHT, MAX_FRAGMENT, OBSERVER_LATE, REAP_TIMEOUT},
     v1::{
         status::NodeState,
@@ -178,6 +179,9 @@ pub(super) struct Core {
     pub(super) watch: Watch,
     dead_after: Duration,
     verdicts: HashMap<NodeId, (NodeState, String)>,
+    group: GroupId,
+    /// Nodes whose keeper is stopped, by the word of their daemons.
+    stopped: BTreeSet<NodeId>,
     pub(super) client: Option<LocalClient>,
     /// All that a waiting caller must see at once; also part of the pump's own set.
     pub(super) hot: OwnedFd,
@@ -187,6 +191,7 @@ pub(super) struct Core {
 
 impl Core {
     pub(super) fn new(
+        group: GroupId,
         ranks: Arc<[RankInfo]>,
         peers: Vec<Peer>,
         callbacks: CallbackThread,
@@ -213,6 +218,8 @@ impl Core {
             watch: Watch::standard(),
             dead_after,
             verdicts: HashMap::new(),
+            group,
+            stopped: BTreeSet::new(),
             client,
             hot,
             changed: false,
@@ -607,10 +614,16 @@ impl Core {
                 session.heard = now;
             }
             let silence = now.saturating_duration_since(session.heard);
-            let patience = if peer.local || matches!(verdict, Some((NodeState::Alive, _))) { 3 } else { 1 };
-            let limit = self.dead_after * patience;
+            // A keeper that is late is borne longer than one that the kernel holds stopped.
+            let stopped = self.stopped.contains(&peer.node)
+                || (silence > self.dead_after && session.peer_pid().is_some_and(is_stopped));
+            let vouched = peer.local || matches!(verdict, Some((NodeState::Alive, _)));
+            let limit = self.dead_after * if vouched && !stopped { 3 } else { 1 };
             if silence > limit {
                 let mut cause = format!("silent for {:.1} s", silence.as_secs_f64());
+                if stopped {
+                    cause.push_str(", its keeper is stopped (SIGSTOP)");
+                }
                 if let Some((state, why)) = verdict.filter(|(state, _)| *state != NodeState::Alive) {
                     cause = format!("{cause}, {} for the head", state.name());
                     if !why.is_empty() {
@@ -623,6 +636,9 @@ impl Core {
             }
             // The look that finds it silent for too long comes at that moment, not up to half a second later.
             next = next.min(session.heard + limit + JUST_AFTER);
+            if silence <= self.dead_after {
+                next = next.min(session.heard + self.dead_after + JUST_AFTER);
+            }
             if now.duration_since(session.spoke) >= HEARTBEAT_PERIOD / 2 {
                 session.queue_ping();
             }
@@ -640,15 +656,29 @@ impl Core {
 
     pub(super) fn take_verdicts(&mut self) {
         let Some(client) = &mut self.client else { return };
-        match client.take_verdicts() {
-            Ok(verdicts) => {
-                self.verdicts.extend(verdicts.into_iter().map(|v| (v.node, (v.state, v.cause))));
-            }
+        match client.take_unasked() {
+            Ok(unasked) => unasked.into_iter().for_each(|news| self.take_unasked(news)),
             Err(_) => {
                 // The daemon is gone: what it said last is of no more worth. The group lives on.
                 self.client = None;
                 self.verdicts.clear();
+                self.stopped.clear();
             }
+        }
+    }
+
+    pub(super) fn take_unasked(&mut self, news: Unasked) {
+        match news {
+            Unasked::Verdict(verdict) => {
+                self.verdicts.insert(verdict.node, (verdict.state, verdict.cause));
+            }
+            Unasked::KeeperStopped { group, node, stopped: true } if group == self.group => {
+                self.stopped.insert(node);
+            }
+            Unasked::KeeperStopped { group, node, stopped: false } if group == self.group => {
+                self.stopped.remove(&node);
+            }
+            Unasked::KeeperStopped { .. } => {}
         }
     }
 
@@ -671,7 +701,7 @@ impl Core {
                 format!("the keeper on node {} (this host) ended without a word", peer.name)
             }
             (_, SessionError::Protocol(what)) => format!("lost node {} ({}): {what}", peer.name, peer.address),
-            _ => format!("lost the keeper on node {} ({}): {error}", peer.name, peer.address),
+            _ => format!("lost the keeper on node {} ({}): {}", peer.name, peer.address, error.in_words()),
         };
         let failure = GroupFailure::NodeDied { node: peer.node, name: peer.name.clone(), cause };
         self.fail(failure);

@@ -10,7 +10,7 @@ use super::{
     versions,
 };
 use crate::{
-    client::{ClientError, LocalClient},
+    client::{ClientError, LocalClient, Unasked},
     links,
     session::plain_header,
 };
@@ -22,6 +22,7 @@ use rayless_proto::{
         control::{GroupSpec, PlacedNode},
         link::{LaunchLinks, LinkNode, LinkTable},
         local::{ClientReply, ClientRequest},
+        status::NodeState,
         step::{Kind, Launch},
     },
 };
@@ -152,17 +153,26 @@ impl Placed {
     /// # Errors
     /// [`StartError`]; whatever was started is ended.
     pub fn launch(
-        self,
+        mut self,
         launch: Launch,
         timeout: Duration,
         callbacks: Callbacks,
         on_progress: &mut dyn FnMut(Option<Progress>) -> bool,
     ) -> Result<WorkerGroup, StartError> {
         let until = Instant::now() + timeout;
-        let peers = self.open_peers(&launch)?;
+        let mut opening = Opening::new(self.client.take(), self.parts.dead_after);
+        let peers = self.open_peers(&launch, &mut |open| {
+            if !on_progress(None) {
+                return Err(StartError::GivenUp);
+            }
+            opening.look(open)
+        })?;
         let callbacks = CallbackThread::start(callbacks)?;
-        let mut core = Core::new(Arc::clone(&self.ranks), peers, callbacks, self.parts.dead_after, self.client)?;
+        let Opening { client, unasked, .. } = opening;
+        let (group, dead_after) = (self.parts.group, self.parts.dead_after);
+        let mut core = Core::new(group, Arc::clone(&self.ranks), peers, callbacks, dead_after, client)?;
         core.watch = Watch::new(self.stuck_after);
+        unasked.into_iter().for_each(|news| core.take_unasked(news));
         let (shared, pump) = Shared::start(core)?;
         // From here on dropping the group ends whatever was started.
         let group = WorkerGroup::new(self.parts.group, Arc::clone(&self.ranks), Arc::clone(&shared), pump);
@@ -180,14 +190,18 @@ impl Placed {
         }
     }
 
-    fn open_peers(&self, launch: &Launch) -> Result<Vec<Peer>, StartError> {
+    fn open_peers(
+        &self,
+        launch: &Launch,
+        worth_it: &mut dyn FnMut(&[&PlacedNode]) -> Result<(), StartError>,
+    ) -> Result<Vec<Peer>, StartError> {
         let mut by_node: BTreeMap<_, Vec<Rank>> = BTreeMap::new();
         for placement in &self.parts.placements {
             by_node.entry(placement.node).or_default().push(placement.rank);
         }
         let nodes: Vec<_> = self.parts.nodes.iter().filter(|node| by_node.contains_key(&node.id)).collect();
         let links = self.launch_links(launch)?;
-        let sessions = connect::open_all(&self.parts, &nodes)?;
+        let sessions = connect::open_all(&self.parts, &nodes, worth_it)?;
         let mut peers = Vec::with_capacity(nodes.len());
         for (node, mut session) in nodes.into_iter().zip(sessions) {
             let ranks = by_node.remove(&node.id).unwrap_or_default();
@@ -199,6 +213,51 @@ impl Placed {
             peers.push(Peer::new(node.id, node.name.clone(), address, local, ranks, session));
         }
         Ok(peers)
+    }
+}
+
+/// While the sessions are being opened: what the daemon says meanwhile of nodes that do not answer.
+struct Opening {
+    client: Option<LocalClient>,
+    unasked: Vec<Unasked>,
+    begun: Instant,
+    dead_after: Duration,
+}
+
+impl Opening {
+    fn new(client: Option<LocalClient>, dead_after: Duration) -> Self {
+        Self { client, unasked: Vec::new(), begun: Instant::now(), dead_after }
+    }
+
+    /// Whether waiting for these nodes may still come to something: not for one that is dead for the head, and no longer than the
+    /// limit of silence for one that nobody vouches for. On a bad network the others are tried for longer.
+    fn look(&mut self, open: &[&PlacedNode]) -> Result<(), StartError> {
+        match self.client.as_mut().map(LocalClient::take_unasked) {
+            Some(Ok(news)) => self.unasked.extend(news),
+            Some(Err(_)) => self.client = None,
+            None => {}
+        }
+        for node in open {
+            let address = format!("{}:{}", node.address, node.port);
+            let verdict = self.unasked.iter().rev().find_map(|news| match news {
+                Unasked::Verdict(verdict) if verdict.node == node.id => Some(verdict),
+                _ => None,
+            });
+            match verdict.map(|verdict| verdict.state) {
+                Some(NodeState::Alive) if self.client.is_some() => {}
+                Some(NodeState::Dead | NodeState::Left) => {
+                    let why = verdict.map(|verdict| verdict.cause.as_str()).unwrap_or_default();
+                    let cause = format!("lost node {} ({address}): {why}", node.name);
+                    return Err(GroupFailure::NodeDied { node: node.id, name: node.name.clone(), cause }.into());
+                }
+                _ if self.begun.elapsed() <= self.dead_after => {}
+                _ => {
+                    let cause = format!("no answer for {:.1} s", self.begun.elapsed().as_secs_f64());
+                    return Err(StartError::Unreachable { name: node.name.clone(), address, cause });
+                }
+            }
+        }
+        Ok(())
     }
 }
 

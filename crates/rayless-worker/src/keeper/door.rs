@@ -18,7 +18,7 @@ use rayless_proto::{
 use std::{
     io,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
 };
@@ -51,10 +51,10 @@ pub(super) enum Caller {
     Gone { id: u64 },
 }
 
-/// Lets callers in for as long as the runtime lives.
+/// Lets callers in for as long as the runtime lives. Each shakes hands with the identity that is there when it comes.
 pub(super) fn open(
     listener: UnixListener,
-    identity: TlsIdentity,
+    identity: Arc<Mutex<TlsIdentity>>,
     group: GroupId,
     driver: NodeId,
     callers: mpsc::UnboundedSender<Caller>,
@@ -72,7 +72,8 @@ pub(super) fn open(
                     continue;
                 }
             };
-            let (identity, callers) = (identity.clone(), callers.clone());
+            let identity = identity.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            let callers = callers.clone();
             let (handshakes, ids) = (Arc::clone(&handshakes), Arc::clone(&ids));
             tokio::spawn(async move {
                 if let Err(error) = serve(stream, &identity, (group, driver), callers, &handshakes, &ids).await {

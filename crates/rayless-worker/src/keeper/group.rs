@@ -34,7 +34,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Child, ExitStatus},
     rc::Rc,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 use tokio::{
@@ -105,6 +105,8 @@ type LinkEnd = (Rank, Rank, u16, bool);
 /// One group's part on this host.
 pub(super) struct Group {
     config: KeeperConfig,
+    /// What sessions to come shake hands with; the door looks at it.
+    identity: Arc<Mutex<TlsIdentity>>,
     log_dir: PathBuf,
     ring: Arc<Ring>,
     ring_fd: OwnedFd,
@@ -153,9 +155,11 @@ impl Group {
         .map_err(failed("cannot start the step thread"))?;
         let (events_sender, events) = mpsc::unbounded_channel();
         let (callers_sender, callers) = mpsc::unbounded_channel();
-        door::open(listener, identity, config.group, config.driver_node, callers_sender);
+        let identity = Arc::new(Mutex::new(identity));
+        door::open(listener, Arc::clone(&identity), config.group, config.driver_node, callers_sender);
         Ok(Self {
             config,
+            identity,
             log_dir,
             ring,
             ring_fd,
@@ -258,6 +262,10 @@ impl Group {
                 }
                 self.end(cause, None);
             }
+            Caller::Said { message: ToKeeper::Leaf(leaf), .. } => match TlsIdentity::from_bundle(&leaf) {
+                Ok(identity) => *self.identity.lock().unwrap_or_else(PoisonError::into_inner) = identity,
+                Err(error) => tracing::error!(%error, "the daemon's new identity is not taken"),
+            },
             Caller::Said { id, message: ToKeeper::Look(look) } => self.begin_look(Asker::Daemon(id), look),
             Caller::Said { message: ToKeeper::NodeVerdict { node, state }, .. } => {
                 if node == self.config.driver_node {

@@ -9,6 +9,7 @@ use rayless_proto::{
     v1::{
         control::HeldGroup,
         keeper::{FromKeeper, KeeperConfig, ToKeeper},
+        local::LeafBundle,
         status::NodeState,
     },
 };
@@ -97,22 +98,23 @@ pub async fn adopt(socket: &Path) -> Result<KeeperHandle, KeeperError> {
     let failed = |source| KeeperError::Io { what: what(), source };
     let opened = async {
         let mut stream = unix::connect(socket).await.map_err(io::Error::other)?;
+        let pid = unix::peer_credentials(&stream)?.pid;
         stream.write_all(b"D").await?;
         let (read, mut write) = stream.into_split();
         let mut frames = framing::FrameReader::new(read, MAX_LOCAL_MESSAGE);
         send(&mut write, &ToKeeper::Watch).await?;
         let first = frames.next().await.map_err(io::Error::other)?;
         let first = codec::decode::<FromKeeper>(&first).map_err(io::Error::other)?;
-        Ok((frames, write, first))
+        Ok((pid, frames, write, first))
     };
-    let (frames, write, first) =
+    let (pid, frames, write, first) =
         timeout(START, opened).await.map_err(|_| failed(io::ErrorKind::TimedOut.into()))?.map_err(failed)?;
     let FromKeeper::Held(held) = first else {
         return Err(KeeperError::NotStarted("it did not say what it holds".into()));
     };
     let (outbox, queue) = mpsc::unbounded_channel();
     tokio::spawn(send_all(write, queue));
-    Ok(KeeperHandle { held, socket: socket.to_owned(), frames, outbox })
+    Ok(KeeperHandle { held, pid, socket: socket.to_owned(), frames, outbox })
 }
 
 async fn send(write: &mut OwnedWriteHalf, message: &ToKeeper) -> io::Result<()> {
@@ -131,6 +133,7 @@ async fn send_all(mut write: OwnedWriteHalf, mut queue: mpsc::UnboundedReceiver<
 #[derive(Debug)]
 pub struct KeeperHandle {
     held: HeldGroup,
+    pid: u32,
     socket: PathBuf,
     frames: framing::FrameReader<OwnedReadHalf>,
     outbox: mpsc::UnboundedSender<ToKeeper>,
@@ -145,6 +148,11 @@ impl KeeperHandle {
     /// What it held when this handle was made.
     pub const fn held(&self) -> &HeldGroup {
         &self.held
+    }
+
+    /// Its process.
+    pub const fn pid(&self) -> u32 {
+        self.pid
     }
 
     /// Its socket.
@@ -166,6 +174,11 @@ impl KeeperHandle {
     /// Tells it what the head holds a node for. Queued, never blocks.
     pub fn verdict(&self, node: NodeId, state: NodeState) {
         self.remote().verdict(node, state);
+    }
+
+    /// Gives it another identity for the sessions that are still to come. Queued, never blocks.
+    pub fn identify(&self, leaf: LeafBundle) {
+        let _ = self.outbox.send(ToKeeper::Leaf(leaf));
     }
 
     /// The talking half, for who does not also listen: [`Self::next`] wants the handle for itself.

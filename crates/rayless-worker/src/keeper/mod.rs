@@ -17,6 +17,7 @@ mod stacks;
 mod step;
 
 pub use handle::{HandOver, KeeperHandle, KeeperRemote, adopt, spawn};
+pub use reap::clear_orphans;
 
 use group::Group;
 use rayless_net::unix;

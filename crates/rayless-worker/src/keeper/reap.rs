@@ -4,8 +4,10 @@
 //! session is its too. They get a moment to end by themselves (Python's resource tracker removes shared-memory files when its pipe
 //! closes), then they are killed.
 
+use rayless_proto::ids::GroupId;
 use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, getpid, pidfd_open, pidfd_send_signal, waitpid};
 use std::{
+    collections::BTreeSet,
     fs,
     time::{Duration, Instant},
 };
@@ -33,6 +35,36 @@ pub(super) async fn clear_leftovers(workers: &[u32], deadline: Instant) -> bool 
         tokio::time::sleep(pause).await;
         pause = (pause * 2).min(Duration::from_millis(50));
     }
+}
+
+/// Ends what a keeper left that was killed itself: its workers died with it (PDEATHSIG), but not what they had started. Each of those has the
+/// group in the environment that it was started with, or is of a worker's session. Returns how many there were; all are gone when it
+/// returns, or `deadline` has passed.
+pub async fn clear_orphans(group: GroupId, workers: &[u32], deadline: Instant) -> usize {
+    let marker = format!("RAYLESS_GROUP={group}").into_bytes();
+    let mut seen = BTreeSet::new();
+    let mut pause = Duration::from_millis(5);
+    loop {
+        let ours = |process: &Process| {
+            process.state != 'Z'
+                && process.pid != own_pid()
+                && (workers.contains(&process.session) || has_in_environment(process.pid, &marker))
+        };
+        let left: Vec<u32> = processes().filter(ours).map(|process| process.pid).collect();
+        if left.is_empty() || Instant::now() >= deadline {
+            return seen.len();
+        }
+        left.iter().for_each(|pid| kill(*pid));
+        seen.extend(left);
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(Duration::from_millis(50));
+    }
+}
+
+/// Of the environment that a process was started with; `false` for other users' processes.
+fn has_in_environment(pid: u32, entry: &[u8]) -> bool {
+    let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+    environment.split(|byte| *byte == 0).any(|part| part == entry)
 }
 
 /// Reaps orphans that ended while the group runs, so that a worker that starts many programs does not fill the process table.

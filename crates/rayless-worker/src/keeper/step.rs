@@ -7,6 +7,7 @@ use crate::{
     ring::{AskedSet, CallWriter, Record, ReplyReader, Ring, RingError, timespec},
     session::{Frame, JUST_AFTER, OUTPUT_SOFT_LIMIT, Session, SessionError, plain_header},
     spin::{self, Spin},
+    stopped::is_stopped,
 };
 use rayless_proto::{
     codec,
@@ -498,13 +499,20 @@ impl Step {
             // It was this thread that slept, or it does not listen: the driver may have spoken all the while.
             session.heard = now;
         }
-        let patience = if self.local || self.verdict == Some(NodeState::Alive) { 3 } else { 1 };
-        let limit = self.setup.dead_after * patience;
         let silence = now.duration_since(session.heard);
+        let dead_after = self.setup.dead_after;
+        // A driver that is late is borne longer than one that the kernel holds stopped.
+        let stopped = silence > dead_after && session.peer_pid().is_some_and(is_stopped);
+        let vouched = self.local || self.verdict == Some(NodeState::Alive);
+        let limit = dead_after * if vouched && !stopped { 3 } else { 1 };
         if silence <= limit {
-            return next.min(session.heard + limit + JUST_AFTER);
+            let first = if silence <= dead_after { dead_after } else { limit };
+            return next.min(session.heard + first + JUST_AFTER);
         }
-        let cause = format!("no sign of life from it for {:.1} s", silence.as_secs_f64());
+        let mut cause = format!("no sign of life from it for {:.1} s", silence.as_secs_f64());
+        if stopped {
+            cause.push_str(", it is stopped (SIGSTOP)");
+        }
         // Should it only have slept, it finds this when it wakes.
         let cause_told = format!("lost its driver: {cause}");
         let told = KeeperEvent::Failed { rank: None, cause: cause_told, tail: String::new() };
@@ -520,7 +528,7 @@ impl Step {
             let _ = epoll::delete(&self.epoll, session.fd());
             let cause = match error {
                 SessionError::Protocol(cause) => cause.clone(),
-                other => other.to_string(),
+                other => other.in_words(),
             };
             let _ = self.setup.news.send(News::Lost(cause));
         }

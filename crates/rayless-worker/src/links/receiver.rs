@@ -76,8 +76,9 @@ fn agree(asked: &Asked<'_>, mut channel: Channel, offer: &LinkOffer) -> Result<(
                 report.device = link.device().unwrap_or_default().to_owned();
                 report.rejected = rejected;
                 report.verified = policy.verify;
-                let probe = link.probe();
-                return Ok((link, Live { report, probe }));
+                report.encrypted = transport == LinkTransport::Tcp && policy.encrypt;
+                let live = Live::new(report, link.probe());
+                return Ok((link, live));
             }
             Err(reason) => rejected.push((transport, reason)),
         }
@@ -108,12 +109,21 @@ fn place_of(
         LinkTransport::Shm => {
             let host = shared.node(asked.link.to).map_or("", |node| node.host_id.as_str());
             if host != offer.host_id {
-                return Err(format!("{} and {} are two hosts", offer.node_name, shared.node_name(asked.link.to)));
+                return Err(format!(
+                    "node {} and node {} are two hosts",
+                    offer.node_name,
+                    shared.node_name(asked.link.to)
+                ));
             }
             let socket = shared.boot().map(|boot| boot.keeper_socket.clone()).map_err(|fault| fault.to_string())?;
             Ok(LinkPlace::Shm { keeper_socket: socket })
         }
+        LinkTransport::Rdma if policy.encrypt => {
+            Err("--encrypt-tensors was given, and RDMA carries tensors in clear".to_owned())
+        }
         LinkTransport::Rdma => Err("links over RDMA are not opened yet by this build".to_owned()),
+        // One stream within TLS: it is the cipher that limits it, not the flow.
+        LinkTransport::Tcp if policy.encrypt => Ok(LinkPlace::Tcp { streams: 1, encrypt: true }),
         LinkTransport::Tcp => Ok(LinkPlace::Tcp { streams: STREAMS, encrypt: false }),
     }
 }
@@ -131,7 +141,8 @@ fn attempt(
     };
     let mut acceptor = Acceptor::default();
     acceptor.expect(asked.link, Ticket(ticket), asked.config(policy.verify));
-    asked.shared.expect(asked.link, ticket);
+    let encrypt = matches!(place, LinkPlace::Tcp { encrypt: true, .. });
+    asked.shared.expect(asked.link, ticket, encrypt);
     let answer = LinkAnswer::Try(LinkTry { ticket, verify: policy.verify, place });
     channel.send(&codec::encode(&answer), &asked.patience)?;
     let opened = accept(asked, channel, &mut acceptor)?.and_then(|mut link| {

@@ -10,13 +10,21 @@ use std::sync::Arc;
 pub(super) struct Live {
     pub(super) report: LinkReport,
     pub(super) probe: Arc<Probe>,
+    /// Messages of the proof, and their bytes: nobody else's business.
+    proof: (u64, u64),
 }
 
 impl Live {
+    /// A link that was just proven.
+    pub(super) fn new(report: LinkReport, probe: Arc<Probe>) -> Self {
+        let proof = (probe.messages(), probe.bytes());
+        Self { report, probe, proof }
+    }
+
     /// A new report where something changed since the last one.
     pub(super) fn look(&mut self) -> Option<&LinkReport> {
         let report = &mut self.report;
-        let (messages, bytes) = (self.probe.messages(), self.probe.bytes());
+        let (messages, bytes) = (self.probe.messages() - self.proof.0, self.probe.bytes() - self.proof.1);
         let (state, cause) = match self.probe.phase() {
             Phase::Closed => (LinkState::Closed, String::new()),
             Phase::Lost => (LinkState::Failed, format!("lost after {messages} messages")),

@@ -5,7 +5,7 @@ use super::{
     report::{self, Live},
     ticket,
 };
-use rayless_fabric::{SendLink, Ticket, Wait, shm, tcp};
+use rayless_fabric::{LinkName, SendLink, Ticket, Wait, shm, tcp};
 use rayless_net::{
     identity::TlsIdentity,
     link::{Channel, ChannelError},
@@ -140,8 +140,8 @@ impl Caller<'_> {
                     report.rejected = rejected;
                     report.verified = attempt.verify;
                     report.encrypted = matches!(attempt.place, LinkPlace::Tcp { encrypt: true, .. });
-                    let probe = link.probe();
-                    return Ok((link, Live { report, probe }));
+                    let live = Live::new(report, link.probe());
+                    return Ok((link, live));
                 }
                 (LinkAnswer::Settled { .. }, None) => {
                     return Err(ChannelError::Broken("settled on nothing".to_owned()).into());
@@ -171,14 +171,13 @@ impl Caller<'_> {
                 let _ = address;
                 return Err("not yet".to_owned());
             }
+            LinkPlace::Tcp { encrypt: true, .. } => {
+                let (stream, tls) = self.stream(attempt.ticket).map_err(|error| error.to_string())?.into_tls();
+                tcp::connect_tls(stream, tls, link, ticket, &config)
+            }
             LinkPlace::Tcp { streams, .. } => {
-                let streams = (0..(*streams).clamp(1, MAX_LINK_STREAMS)).map(|_| {
-                    let mut channel = self.dial()?;
-                    let opening =
-                        LinkOpening::Stream { from: link.from, channel: link.channel, ticket: attempt.ticket };
-                    channel.send(&codec::encode(&opening), &asked.patience)?;
-                    channel.into_clear()
-                });
+                let streams =
+                    (0..(*streams).clamp(1, MAX_LINK_STREAMS)).map(|_| self.stream(attempt.ticket)?.into_clear());
                 let streams: Result<_, ChannelError> = streams.collect();
                 tcp::connect(streams.map_err(|error| error.to_string())?, link, ticket, &config)
             }
@@ -187,6 +186,15 @@ impl Caller<'_> {
         let stop = || asked.patience.left().is_none();
         opened.prove(&Wait::at_most(PROOF).with_check(&stop)).map_err(|error| error.to_string())?;
         Ok(opened)
+    }
+
+    /// One more connection, that becomes a stream of the link.
+    fn stream(&self, ticket: [u8; 32]) -> Result<Channel, ChannelError> {
+        let LinkName { from, channel, .. } = self.asked.link;
+        let opening = LinkOpening::Stream { from, channel, ticket };
+        let mut stream = self.dial()?;
+        stream.send(&codec::encode(&opening), &self.asked.patience)?;
+        Ok(stream)
     }
 
     /// Has the keeper of the receiver, on this host, pass a connection on.

@@ -2,7 +2,7 @@
 
 use super::{LinkFault, TCP_ARRIVAL, UNIX_ARRIVAL, report::Live, ticket};
 use crate::{event, ring::Ring, spin};
-use rayless_fabric::{Greeted, LinkName, Phase, Ticket, greet_tcp, greet_unix};
+use rayless_fabric::{Greeted, LinkName, Phase, Ticket, greet_tcp, greet_tls, greet_unix};
 use rayless_net::{
     identity::TlsIdentity,
     link::{Channel, ChannelError, Patience},
@@ -71,8 +71,8 @@ struct State {
 
 #[derive(Debug, Default)]
 struct Receiving {
-    /// Of the attempt in progress.
-    ticket: Option<[u8; 32]>,
+    /// Of the attempt in progress: its ticket, and whether its streams stay within TLS.
+    attempt: Option<([u8; 32], bool)>,
     /// What came for it.
     greeted: VecDeque<Greeted>,
 }
@@ -224,8 +224,8 @@ impl Shared {
     }
 
     /// Begins an attempt: from now on streams with this ticket are let through.
-    pub(super) fn expect(&self, link: LinkName, ticket: [u8; 32]) {
-        let fresh = Receiving { ticket: Some(ticket), greeted: VecDeque::new() };
+    pub(super) fn expect(&self, link: LinkName, ticket: [u8; 32], encrypt: bool) {
+        let fresh = Receiving { attempt: Some((ticket, encrypt)), greeted: VecDeque::new() };
         // The claim's place; nothing but that claim takes it away.
         self.lock().receiving.insert((link.from, link.channel), fresh);
     }
@@ -329,12 +329,17 @@ impl Shared {
                     LinkOpening::Offer(offer) => self.offer(channel, offer, &patience).ok()?,
                     LinkOpening::Stream { from, channel: number, ticket } => {
                         let key = (from, number);
-                        let expected = self.lock().receiving.get(&key)?.ticket?;
-                        if expected != ticket {
+                        let (expected, encrypt) = self.lock().receiving.get(&key)?.attempt?;
+                        if !Ticket(expected).matches(&ticket) {
                             return None;
                         }
-                        let stream = channel.into_clear().ok()?;
-                        self.stream(key, greet_tcp(stream, HANDSHAKE_TIMEOUT).ok()?);
+                        let greeted = if encrypt {
+                            let (stream, tls) = channel.into_tls();
+                            greet_tls(stream, tls, HANDSHAKE_TIMEOUT)
+                        } else {
+                            greet_tcp(channel.into_clear().ok()?, HANDSHAKE_TIMEOUT)
+                        };
+                        self.stream(key, greeted.ok()?);
                     }
                 }
             }

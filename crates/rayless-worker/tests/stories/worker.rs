@@ -108,15 +108,15 @@ pub(crate) fn main() -> ExitCode {
                 let out = Command::new("setsid").args(["sh", "-c", "sleep 1000 >/dev/null 2>&1 & echo $!"]).output();
                 reply(String::from_utf8_lossy(&out.unwrap().stdout).trim().as_bytes());
             }
-            // `link FROM TO CHANNEL MESSAGES`
-            "link" => match crate::links::at_worker(&worker, &text) {
-                Ok(told) => {
-                    reply(told.as_bytes());
-                }
-                Err(error) => {
-                    let _ = worker.reply(call.id, true, error.as_bytes());
-                }
-            },
+            // `link FROM TO CHANNEL MESSAGES [SECONDS]`
+            "link" => {
+                let told = crate::links::at_worker(&worker, &text).unwrap_or_else(|error| format!("error: {error}"));
+                reply(told.as_bytes());
+            }
+            "link_twice" => {
+                let told = crate::links::twice(&worker, &text).unwrap_or_else(|error| format!("error: {error}"));
+                reply(told.as_bytes());
+            }
             "cwd" => {
                 reply(std::env::current_dir().unwrap().to_string_lossy().as_bytes());
             }

@@ -10,7 +10,8 @@ use rayless_proto::{
     v1::{
         control::{NodeEnv, PlacedNode, Placement, RankAllocation},
         keeper::{FromKeeper, KeeperConfig},
-        link::LinkPolicy,
+        link::{LinkPolicy, LinkReport},
+        local::LeafBundle,
         step::Launch,
     },
 };
@@ -23,7 +24,7 @@ use rustix::{
     process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open},
 };
 use std::{
-    net::TcpListener as StdListener,
+    net::{SocketAddr, TcpListener as StdListener},
     os::fd::OwnedFd,
     path::{Path, PathBuf},
     time::{Duration, Instant},
@@ -49,11 +50,22 @@ pub(crate) struct Shape {
     pub(crate) remote: u32,
     pub(crate) dead_after: Duration,
     pub(crate) driver_wait: Duration,
+    /// Both are one host for shared memory.
+    pub(crate) one_host: bool,
+    /// What the user of each wants of links.
+    pub(crate) wishes: [LinkPolicy; 2],
 }
 
 impl Shape {
-    pub(crate) const fn new(local: u32, remote: u32) -> Self {
-        Self { local, remote, dead_after: Duration::from_secs(3), driver_wait: Duration::from_secs(10) }
+    pub(crate) fn new(local: u32, remote: u32) -> Self {
+        Self {
+            local,
+            remote,
+            dead_after: Duration::from_secs(3),
+            driver_wait: Duration::from_secs(10),
+            one_host: false,
+            wishes: Default::default(),
+        }
     }
 }
 
@@ -75,7 +87,7 @@ impl World {
         let mut driver_leaf = None;
         let mut driver_node = None;
         let hosts = [(shape.local, "a", 0), (shape.remote, "b", shape.local)];
-        for (count, name, first) in hosts {
+        for ((count, name, first), wishes) in hosts.into_iter().zip(&shape.wishes) {
             let identity = ClusterIdentity::from_token(&token, &NodeKey::generate().unwrap()).unwrap();
             let node = identity.node_id();
             let driver_node = *driver_node.get_or_insert(node);
@@ -107,7 +119,7 @@ impl World {
                 leaf: identity.issue_delegate().unwrap(),
                 dead_after_ms: shape.dead_after.as_millis() as u64,
                 driver_wait_ms: shape.driver_wait.as_millis() as u64,
-                link_policy: LinkPolicy::default(),
+                link_policy: wishes.clone(),
                 rdma_ports: (0, 0),
             };
             let handle = runtime.block_on(keeper::spawn(&std::env::current_exe().unwrap(), &config)).unwrap();
@@ -129,7 +141,7 @@ impl World {
                 name: name.into(),
                 address: "127.0.0.1".into(),
                 port,
-                host_id: name.into(),
+                host_id: if shape.one_host { "ab".into() } else { name.into() },
                 node_env: Vec::new(),
                 versions: Vec::new(),
             });
@@ -163,6 +175,32 @@ impl World {
             boot: b"boot bytes".to_vec(),
             links: None,
         }
+    }
+
+    /// Where callers of the other host, or of links, find node `index`.
+    pub(crate) fn address_of(&self, index: usize) -> SocketAddr {
+        SocketAddr::from(([127, 0, 0, 1], self.parts.nodes[index].port))
+    }
+
+    /// The leaf of the driver.
+    pub(crate) fn leaf(&self) -> &LeafBundle {
+        &self.parts.leaf
+    }
+
+    /// The first report of a link from node `index` that is as wanted.
+    pub(crate) fn report(&mut self, index: usize, wanted: impl Fn(&LinkReport) -> bool) -> LinkReport {
+        let handle = &mut self.handles[index];
+        self.runtime.block_on(async {
+            let found = async {
+                loop {
+                    match handle.next().await.expect("the keeper lives") {
+                        FromKeeper::Link(report) if wanted(&report) => return report,
+                        _ => {}
+                    }
+                }
+            };
+            tokio::time::timeout(Duration::from_secs(20), found).await.expect("such a report comes")
+        })
     }
 
     pub(crate) fn placed(&self) -> Placed {
