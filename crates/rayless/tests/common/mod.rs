@@ -1,6 +1,7 @@
 //! Real processes of the command under test, ended whatever happens.
 #![allow(dead_code, unreachable_pub, reason = "each test file uses its part")]
 
+pub mod etcd;
 pub mod groups;
 
 use serde_json::Value;
@@ -29,6 +30,11 @@ impl Host {
     /// A fresh one with the token of `cluster`.
     pub fn new(cluster: &Cluster) -> Self {
         Self { dir: tempfile::tempdir().unwrap(), token: cluster.token.clone() }
+    }
+
+    /// A fresh one with the token in a file.
+    pub fn with_token(token: &Path) -> Self {
+        Self { dir: tempfile::tempdir().unwrap(), token: token.to_owned() }
     }
 
     pub fn run_dir(&self) -> PathBuf {
