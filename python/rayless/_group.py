@@ -195,8 +195,12 @@ class WorkerGroup:
         self._native.on_failure(callback)
 
     def links(self) -> list[dict[str, Any]]:
-        """The tensor links of the group: the entries of ``links`` in ``rayless status --json``."""
-        return [link for link in _rayless.status(self._native.run_dir)["links"] if link["group"] == self.id]
+        """The tensor links between its ranks: the entries that it has in ``links`` of ``rayless status --json``.
+
+        They come from the workers over the group's own sessions, so no daemon is asked. Of a group that failed they are
+        those that there were then; a group that was stopped has none.
+        """
+        return self._native.links()
 
     def stop(self) -> None:
         """Ends the workers and returns when they are gone. Idempotent; does nothing in a forked child."""

@@ -50,6 +50,8 @@ class Group:
     run_dir: str
     def ranks(self) -> list[dict[str, Any]]:
         """The fields of ``RankInfo``, in ascending rank."""
+    def links(self) -> list[dict[str, Any]]:
+        """The entries that the group has in ``links`` of ``rayless status --json``."""
     step_deadline: float
     """Seconds that a step may take by the word of this node's daemon; 0 for no limit."""
     def run(

@@ -17,6 +17,8 @@ use rayless_proto::{
         control::{
             GpuInfo, GroupSpec, HeldGroup, HeldPlacementGroup, NodeInfo, RankAllocation, ToHead, ToNode, WorkerState,
         },
+        link::LinkSettings,
+        rdma::RdmaInventory,
         status::{GroupState, NodeState},
     },
 };
@@ -80,6 +82,8 @@ fn info(node: usize, incarnation: u64) -> NodeInfo {
         gpus: (0..GPUS).map(gpu).collect(),
         versions: Vec::new(),
         node_env: Vec::new(),
+        links: LinkSettings::default(),
+        rdma: RdmaInventory::default(),
     }
 }
 
@@ -161,6 +165,7 @@ impl Table {
             ranks: ranks.clone(),
             pids: vec![7; ranks.len()],
             states: vec![WorkerState::Ready; ranks.len()],
+            links: Vec::new(),
         });
         ToHead::Join {
             info: info(node, truth.incarnation),

@@ -11,6 +11,8 @@ use rayless_proto::{
     resources::{GPU, Quantity, Resources, Strategy},
     v1::{
         control::{GpuInfo, GroupSpec, HeldGroup, NodeInfo, RefusalKind, ToHead, ToNode, WorkerState},
+        link::LinkSettings,
+        rdma::RdmaInventory,
         status::NodeState,
     },
 };
@@ -45,6 +47,8 @@ fn info(node: u16, incarnation: u64) -> NodeInfo {
         gpus: (0..2).map(gpu).collect(),
         versions: Vec::new(),
         node_env: Vec::new(),
+        links: LinkSettings::default(),
+        rdma: RdmaInventory::default(),
     }
 }
 
@@ -223,8 +227,16 @@ fn a_request_that_is_asked_again_is_answered_again() {
     assert!(matches!(b.say(1, ToHead::CreateGroup { request: 1, spec: spec(2, 1000) })[..], []));
     b.open(2, 1);
     let ToNode::StartKeeper { name, world_size, driver_node, ranks, .. } = start[0].clone() else { panic!() };
-    let held =
-        HeldGroup { group, name, world_size, driver_node, ranks, pids: vec![0], states: vec![WorkerState::Starting] };
+    let held = HeldGroup {
+        group,
+        name,
+        world_size,
+        driver_node,
+        ranks,
+        pids: vec![0],
+        states: vec![WorkerState::Starting],
+        links: Vec::new(),
+    };
     let mut again = join(info(1, 1));
     if let ToHead::Join { held: all, .. } = &mut again {
         all.push(held);
@@ -269,6 +281,7 @@ fn a_joining_node_hears_of_its_peers_and_a_leaving_one_takes_its_part_along() {
         ranks,
         pids: vec![5, 6],
         states: vec![WorkerState::Ready; 2],
+        links: Vec::new(),
     };
     let mut again = join(info(2, 1));
     if let ToHead::Join { held: all, .. } = &mut again {

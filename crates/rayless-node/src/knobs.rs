@@ -87,7 +87,7 @@ knobs! {
     HOST_ID { flag: "host-id", env: "RAYLESS_HOST_ID", value: "TEXT", default: "", unit: "" }
     /// What moves tensors between this node's workers and others: auto is shared memory on one host, else RDMA
     TRANSPORT { flag: "transport", env: "RAYLESS_TRANSPORT", value: "auto|rdma|shm|tcp", default: "auto", unit: "" }
-    /// Let tensors fall back to TCP although there are RDMA devices
+    /// Let tensors travel over TCP although there are RDMA devices; 0 in the environment forbids it whatever others say
     ALLOW_TCP { flag: "allow-tcp", env: "RAYLESS_ALLOW_TCP", value: "", default: "", unit: "" }
     /// Keep tensors that leave this host within TLS; rules out RDMA
     ENCRYPT_TENSORS { flag: "encrypt-tensors", env: "RAYLESS_ENCRYPT_TENSORS", value: "", default: "", unit: "" }
@@ -95,6 +95,8 @@ knobs! {
     VERIFY_LINKS { flag: "verify-links", env: "RAYLESS_VERIFY_LINKS", value: "", default: "", unit: "" }
     /// Ports on which workers take RDMA connections
     RDMA_PORTS { flag: "rdma-ports", env: "RAYLESS_RDMA_PORTS", value: "FIRST-LAST", default: "6400-6463", unit: "" }
+    /// RDMA device that links may use; may be given several times, the preferred first [default: all]
+    RDMA_DEVICE { flag: "rdma-device", env: "RAYLESS_RDMA_DEVICE", value: "NAME", default: "", unit: "" }
     /// Free space that /dev/shm must have [default: 16, and 16 more for each GPU found]
     SHM_MIN { flag: "shm-min", env: "RAYLESS_SHM_MIN", value: "MIB", default: "", unit: "MiB" }
     /// What the daemon logs: error, warn, info, debug or trace, also per module

@@ -5,11 +5,16 @@
 use rayless_proto::{
     ids::{GroupId, NodeId},
     resources::{CPU, GPU, MEMORY, Resources},
-    v1::status::{GpuState, GroupStatus, NodeState, NodeStatus, StatusReport, TokenStatus},
+    v1::{
+        link::LinkTransport,
+        rdma::{RdmaDevice, RdmaFinding, RdmaPort},
+        status::{GpuState, GroupStatus, LinkStatus, NodeState, NodeStatus, StatusReport, TokenStatus},
+    },
 };
 use std::{
     collections::BTreeMap,
     fmt::Write as _,
+    net::Ipv6Addr,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -49,20 +54,8 @@ pub fn status(report: &StatusReport, now: SystemTime) -> String {
         out.push('\n');
         table(&mut out, &rows);
     }
-    if !report.links.is_empty() {
-        let mut rows = vec![["link", "transport", "device", "not taken"].map(str::to_owned)];
-        rows.extend(report.links.iter().map(|link| {
-            let rejected = link.rejected.iter().map(|(transport, reason)| format!("{transport}: {reason}"));
-            [
-                format!("{} {} -> {}", short(&link.group), link.from, link.to),
-                link.transport.clone(),
-                link.device.clone(),
-                rejected.collect::<Vec<_>>().join("; "),
-            ]
-        }));
-        out.push('\n');
-        table(&mut out, &rows);
-    }
+    links(&mut out, report);
+    rdma(&mut out, report);
     if !report.events.is_empty() {
         out.push_str("\nlast events\n");
         let newest = report.events.len().saturating_sub(EVENTS);
@@ -188,6 +181,105 @@ fn worker_rows(group: &GroupStatus, names: &BTreeMap<NodeId, String>) -> Vec<[St
     rows
 }
 
+fn links(out: &mut String, report: &StatusReport) {
+    if report.links.is_empty() {
+        return;
+    }
+    let titles = ["link", "transport", "state", "device", "gid", "mtu", "moved", "not taken"];
+    let mut rows = vec![titles.map(str::to_owned)];
+    rows.extend(report.links.iter().map(link_row));
+    out.push('\n');
+    table(out, &rows);
+}
+
+fn link_row(link: &LinkStatus) -> [String; 8] {
+    let channel = if link.channel == 0 { String::new() } else { format!(" #{}", link.channel) };
+    let transport = link.transport.map_or("-", LinkTransport::name);
+    let marks = [(link.encrypted, "+tls"), (link.verified, "+checksums")];
+    let marks: String = marks.iter().filter(|(set, _)| *set).map(|(_, mark)| *mark).collect();
+    let both = |ours: &str, theirs: &str| {
+        if ours.is_empty() || ours == theirs { theirs.to_owned() } else { format!("{ours} -> {theirs}") }
+    };
+    let rejected = link.rejected.iter().map(|(transport, reason)| format!("{}: {reason}", transport.name()));
+    let cause = (!link.cause.is_empty()).then(|| format!("failed: {}", link.cause));
+    [
+        format!("{} {} -> {}{channel}", short(&link.group), link.from, link.to),
+        format!("{transport}{marks}"),
+        link.state.name().to_owned(),
+        both(&link.device, &link.peer_device),
+        both(&gid(&link.gid), &gid(&link.peer_gid)),
+        if link.mtu == 0 { String::new() } else { link.mtu.to_string() },
+        format!("{} ({})", link.messages, bytes(link.bytes)),
+        cause.into_iter().chain(rejected).collect::<Vec<_>>().join("; "),
+    ]
+}
+
+/// What the nodes have for RDMA, and what is wrong with it. Where none has anything, one line says what follows from that.
+fn rdma(out: &mut String, report: &StatusReport) {
+    let there: Vec<&NodeStatus> =
+        report.nodes.iter().filter(|node| matches!(node.state, NodeState::Alive | NodeState::Suspect)).collect();
+    if there.iter().all(|node| node.rdma.devices.is_empty()) {
+        out.push_str("\nno node has an RDMA device: tensors between hosts go over TCP\n");
+    } else {
+        let titles = ["rdma", "protocol", "state", "rate", "interface", "mtu", "gids", "numa", "gpus"];
+        let mut rows = vec![titles.map(str::to_owned)];
+        for node in &there {
+            let of_node =
+                node.rdma.devices.iter().flat_map(|device| device.ports.iter().map(move |port| (device, port)));
+            let name = label(&node.name, &short(&node.id));
+            rows.extend(of_node.map(|(device, port)| rdma_row(&name, device, port)));
+        }
+        out.push('\n');
+        table(out, &rows);
+    }
+    for node in there {
+        let named = |finding: &&RdmaFinding| !node.rdma.devices.is_empty() || finding.is_fatal;
+        // That it has no device is said above where it holds for all.
+        let worth = report.nodes.iter().any(|node| !node.rdma.devices.is_empty()) || node.rdma.findings.len() > 1;
+        for finding in node.rdma.findings.iter().filter(named).filter(|_| worth) {
+            let _ = writeln!(out, "rdma on {}: {}", label(&node.name, &short(&node.id)), finding.what);
+        }
+    }
+}
+
+fn rdma_row(node: &str, device: &RdmaDevice, port: &RdmaPort) -> [String; 9] {
+    let steps = |(index, steps): &(u32, Option<u32>)| match steps {
+        Some(steps) => format!("{index}:{steps}"),
+        None => format!("{index}:far"),
+    };
+    [
+        format!("{node}:{}/{}", device.name, port.number),
+        format!("{} {}", device.protocol, device.mode).trim_end().to_owned(),
+        port.state.clone(),
+        port.rate.clone(),
+        format!("{} {}", port.interface, port.address).trim().to_owned(),
+        if port.mtu == 0 { String::new() } else { port.mtu.to_string() },
+        port.gids.iter().map(|it| format!("{}={}", it.index, gid(&it.gid))).collect::<Vec<_>>().join(" "),
+        device.numa.map(|numa| numa.to_string()).unwrap_or_default(),
+        device.gpu_steps.iter().map(steps).collect::<Vec<_>>().join(" "),
+    ]
+}
+
+/// A GID as people write it: `::ffff:10.0.0.1`.
+fn gid(text: &str) -> String {
+    text.parse::<Ipv6Addr>().map_or_else(|_| text.to_owned(), |address| address.to_string())
+}
+
+/// `0 B`, `28.0 KiB`, `3.5 GiB`.
+fn bytes(count: u64) -> String {
+    const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
+    if count < 1024 {
+        return format!("{count} B");
+    }
+    let mut value = count as f64 / 1024.0;
+    let mut unit = 0;
+    while value >= 1024.0 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    format!("{value:.1} {}", UNITS[unit])
+}
+
 fn node_names(report: &StatusReport) -> BTreeMap<NodeId, String> {
     report.nodes.iter().map(|node| (node.id, label(&node.name, &short(&node.id)))).collect()
 }
@@ -240,6 +332,8 @@ mod tests {
         resources::Quantity,
         v1::{
             control::{NodeEnv, WorkerState},
+            link::{LinkSettings, LinkState},
+            rdma::{RdmaGid, RdmaInventory},
             status::{Event, GpuStatus, GroupState, WorkerStatus},
         },
     };
@@ -266,6 +360,8 @@ mod tests {
             versions: Vec::new(),
             interface: "eth0".to_owned(),
             node_env: vec![NodeEnv { name: "VLLM_HOST_IP".into(), value: "10.0.0.1".into(), source: "join".into() }],
+            links: LinkSettings::default(),
+            rdma: RdmaInventory::default(),
         };
         let mut second = node(worker, "b", false);
         assert!(second.available.take(&Resources::new().with(GPU, Quantity::ONE)));
@@ -326,9 +422,93 @@ mod tests {
              rank  node  pid  state  gpus\n\
              0     b     78   ready  0\n\
              \n\
+             no node has an RDMA device: tensors between hosts go over TCP\n\
+             \n\
              last events\n\
              \x20    5 s ago  node-joined: b joined\n"
         );
+    }
+
+    #[test]
+    fn shows_links_and_what_was_not_taken() {
+        let mut report = report();
+        report.groups.clear();
+        report.events.clear();
+        report.nodes.iter_mut().for_each(|node| node.gpus.clear());
+        let gid = |last| format!("0000:0000:0000:0000:0000:ffff:0a00:000{last}");
+        let device = |last| RdmaDevice {
+            name: format!("mlx5_{last}"),
+            protocol: "roce".into(),
+            mode: String::new(),
+            numa: Some(1),
+            gpu_steps: vec![(0, Some(4)), (1, None)],
+            ports: vec![RdmaPort {
+                number: 1,
+                state: "ACTIVE".into(),
+                rate: "100 Gb/sec (4X EDR)".into(),
+                interface: "eth1".into(),
+                address: format!("10.0.0.{last}"),
+                mtu: 9000,
+                gids: vec![RdmaGid { index: 3, gid: gid(last), kind: "RoCE v2".into() }],
+            }],
+        };
+        report.nodes[0].rdma.devices.push(device(1));
+        report.nodes[1]
+            .rdma
+            .findings
+            .push(RdmaFinding { what: "no RDMA device in /sys/class/infiniband".into(), is_fatal: true });
+        let link = LinkStatus {
+            group: GroupId([3; 8]),
+            from: 0,
+            to: 8,
+            channel: 1,
+            state: LinkState::Open,
+            cause: String::new(),
+            transport: Some(LinkTransport::Rdma),
+            device: "mlx5_1".into(),
+            gid: gid(1),
+            mtu: 4096,
+            peer_device: "mlx5_2".into(),
+            peer_gid: gid(2),
+            rejected: vec![(LinkTransport::Shm, "the ranks are on two hosts".into())],
+            encrypted: false,
+            verified: true,
+            messages: 12,
+            bytes: 12 * 28 * 1024,
+        };
+        let failed = LinkStatus {
+            channel: 0,
+            state: LinkState::Failed,
+            cause: "no transport".into(),
+            transport: None,
+            device: String::new(),
+            gid: String::new(),
+            mtu: 0,
+            peer_device: String::new(),
+            peer_gid: String::new(),
+            verified: false,
+            messages: 0,
+            bytes: 0,
+            ..link.clone()
+        };
+        report.links = vec![link, failed];
+        let page = status(&report, UNIX_EPOCH);
+        let page = page.split_once("GiB\n\n").unwrap().1;
+        assert_eq!(
+            page,
+            "link                transport       state   device            gid                                 mtu   moved           not taken\n\
+             03030303 0 -> 8 #1  rdma+checksums  open    mlx5_1 -> mlx5_2  ::ffff:10.0.0.1 -> ::ffff:10.0.0.2  4096  12 (336.0 KiB)  shm: the ranks are on two hosts\n\
+             03030303 0 -> 8     -               failed                                                              0 (0 B)         failed: no transport; shm: the ranks are on two hosts\n\
+             \n\
+             rdma        protocol  state   rate                 interface      mtu   gids               numa  gpus\n\
+             a:mlx5_1/1  roce      ACTIVE  100 Gb/sec (4X EDR)  eth1 10.0.0.1  9000  3=::ffff:10.0.0.1  1     0:4 1:far\n\
+             rdma on b: no RDMA device in /sys/class/infiniband\n"
+        );
+    }
+
+    #[test]
+    fn sizes_are_told_in_the_unit_that_fits() {
+        assert_eq!([0, 1023, 28 << 10, 3 << 30].map(bytes), ["0 B", "1023 B", "28.0 KiB", "3.0 GiB"]);
     }
 
     #[test]

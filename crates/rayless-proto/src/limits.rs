@@ -55,6 +55,9 @@ pub const MAX_STACK: usize = 64 << 10;
 /// Events that `status` keeps; older ones are in the log.
 pub const MAX_EVENTS: usize = 256;
 
+/// Ends of links that a node tells of one group; further ones work, but are not shown.
+pub const MAX_LINK_ENDS: usize = 1024;
+
 /// Between two heartbeats.
 pub const HEARTBEAT_PERIOD: Duration = Duration::from_millis(500);
 /// Silence after which a node or session counts as dead; `--dead-after`.

@@ -57,7 +57,7 @@ fn ask<T: Send>(
     py.detach(|| question(&mut LocalClient::connect(&run_dir)?)).map_err(|error| errors::client(py, error))
 }
 
-fn to_python<'py>(py: Python<'py>, value: &Value) -> PyResult<Bound<'py, PyAny>> {
+pub(crate) fn to_python<'py>(py: Python<'py>, value: &Value) -> PyResult<Bound<'py, PyAny>> {
     Ok(match value {
         Value::Null => py.None().into_bound(py),
         Value::Bool(value) => value.into_pyobject(py)?.to_owned().into_any(),

@@ -1,11 +1,12 @@
 //! A running group and its calls.
 
-use crate::errors;
+use crate::{cluster::to_python, errors};
 use pyo3::{
     exceptions::PyValueError,
     prelude::*,
     types::{PyBytes, PyDict, PyList},
 };
+use rayless_proto::v1::status::LinkStatus;
 use rayless_worker::{
     client::LocalClient,
     driver::{self, Asked, CallError, GroupFailure, Reply},
@@ -158,6 +159,13 @@ impl Group {
             list.append(fields)?;
         }
         Ok(list)
+    }
+
+    /// The entries that the group has in `links` of `rayless status --json`.
+    fn links<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        self.ours(py)?;
+        let links = py.detach(|| self.inner.links());
+        to_python(py, &links.iter().map(LinkStatus::to_json).collect())
     }
 
     /// The way of a step: one crossing into Rust for a whole call.

@@ -4,7 +4,7 @@
 //! Only what RoCE, iWARP and eRDMA share: reliable connections by rdma_cm, SEND/RECV, WRITE, READ, one completion queue
 //! with an event channel, plain memory registration. No `_ex` call, no immediate data, no shared receive queue.
 //!
-//! 1. [`devices`]: what is there, from sysfs. [`preflight`]: what keeps it from working, by name.
+//! 1. [`devices`]: what is there, from sysfs. [`preflight`]: the ways out, and what keeps them from working, by name.
 //! 2. [`Listener`], [`Endpoint::to`], [`Endpoint::for_request`]: from an address or a request to a prepared endpoint.
 //! 3. [`Endpoint`]: memory, RECVs, then `connect`/`accept`, then work and completions.
 //!
@@ -19,6 +19,7 @@ mod error;
 mod ffi;
 mod load;
 mod preflight;
+mod reach;
 mod region;
 
 pub use cm::{Listener, MAX_PRIVATE, Request};
@@ -29,5 +30,6 @@ pub use endpoint::{
 };
 pub use error::VerbsError;
 pub use load::{LoadError, available};
-pub use preflight::{Finding, preflight};
+pub use preflight::{ErdmaMode, Finding, Preflight, erdma_mode, preflight};
+pub use reach::{Protocol, Reach, interfaces, reaches};
 pub use region::Access;

@@ -1,13 +1,14 @@
 //! The command line: every argument that is a knob is built from its one declaration in `rayless_node::knobs`.
 
+use crate::message::{Exit, Failure};
 use clap::{
     Arg, ArgAction, ArgMatches, Command,
     builder::{BoolishValueParser, ValueParser},
+    error::ErrorKind,
     parser::ValueSource,
     value_parser,
 };
 use rayless_node::{
-    daemon::LinkWishes,
     inventory::Wishes,
     knobs::{self, Knob},
     store::StoreAccess,
@@ -16,7 +17,7 @@ use rayless_proto::{
     ids::Rank,
     limits::{MAX_NAME, RDMA_PORTS},
     resources::Quantity,
-    v1::link::{LinkPolicy, LinkTransport},
+    v1::link::{LinkPolicy, LinkSettings, LinkTransport},
 };
 use rayless_worker::links;
 use std::{path::PathBuf, time::Duration};
@@ -54,7 +55,7 @@ pub(crate) struct NodeOptions {
     pub(crate) dead_after: Option<Duration>,
     pub(crate) step_deadline: Duration,
     pub(crate) host_id: Option<String>,
-    pub(crate) links: LinkWishes,
+    pub(crate) links: LinkSettings,
     pub(crate) background: bool,
     /// Started by `--daemon`: token on stdin, readiness on stdout.
     pub(crate) child: bool,
@@ -94,9 +95,16 @@ pub(crate) struct LogOptions {
     pub(crate) follow: bool,
 }
 
-/// Reads the process's arguments; help, version and wrong usage end the process as clap does (0 or 2).
-pub(crate) fn parse() -> Asked {
-    let matches = command().get_matches();
+/// Reads the process's arguments; help and version end the process.
+pub(crate) fn parse() -> Result<Asked, Failure> {
+    let matches = match command().try_get_matches() {
+        Ok(matches) => matches,
+        Err(error) if error.use_stderr() && error.kind() != ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            return Err(used_wrongly(&error));
+        }
+        // Help and version.
+        Err(error) => error.exit(),
+    };
     let run_dir = matches.get_one::<PathBuf>(knobs::RUN_DIR.flag).cloned();
     let action = match matches.subcommand() {
         Some(("head", found)) => Action::Head { store: store_options(found), node: node_options(found) },
@@ -131,7 +139,15 @@ pub(crate) fn parse() -> Asked {
         ))),
         _ => Action::Keeper,
     };
-    Asked { run_dir, action }
+    Ok(Asked { run_dir, action })
+}
+
+/// What clap says, with a hint in place of its pointer to the help.
+fn used_wrongly(error: &clap::Error) -> Failure {
+    const CLAPS: &str = "\n\nFor more information, try '--help'.\n";
+    let text = error.render().to_string();
+    let text = text.strip_prefix("error: ").unwrap_or(&text);
+    Failure::new(Exit::Usage, text.replace(CLAPS, "\nhint: `--help` behind the command shows what can be given"))
 }
 
 fn text(found: &ArgMatches, name: &str) -> Option<String> {
@@ -181,10 +197,10 @@ fn node_options(found: &ArgMatches) -> NodeOptions {
     }
 }
 
-fn link_wishes(found: &ArgMatches) -> LinkWishes {
+fn link_wishes(found: &ArgMatches) -> LinkSettings {
     let given = |knob: &Knob| found.get_one::<bool>(knob.flag).copied().unwrap_or_default();
     let said = found.value_source(knobs::ALLOW_TCP.flag).is_some_and(|source| source != ValueSource::DefaultValue);
-    LinkWishes {
+    LinkSettings {
         policy: LinkPolicy {
             only: found.get_one::<Option<LinkTransport>>(knobs::TRANSPORT.flag).copied().flatten(),
             allow_tcp: said.then(|| given(&knobs::ALLOW_TCP)),
@@ -192,6 +208,10 @@ fn link_wishes(found: &ArgMatches) -> LinkWishes {
             verify: given(&knobs::VERIFY_LINKS),
         },
         rdma_ports: found.get_one::<(u16, u16)>(knobs::RDMA_PORTS.flag).copied().unwrap_or(RDMA_PORTS),
+        rdma_devices: found
+            .get_many::<String>(knobs::RDMA_DEVICE.flag)
+            .map(|all| all.cloned().collect())
+            .unwrap_or_default(),
     }
 }
 
@@ -317,6 +337,7 @@ fn node_command(name: &'static str, about: &'static str) -> Command {
         .arg(knob_switch(&knobs::ENCRYPT_TENSORS))
         .arg(knob_switch(&knobs::VERIFY_LINKS))
         .arg(arg(&knobs::RDMA_PORTS, ValueParser::new(ports)))
+        .arg(arg(&knobs::RDMA_DEVICE, ValueParser::new(named)).action(ArgAction::Append).value_delimiter(','))
         .arg(
             Arg::new("daemon")
                 .long("daemon")

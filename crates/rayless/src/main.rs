@@ -23,7 +23,7 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<(), Failure> {
-    let asked = cli::parse();
+    let asked = cli::parse()?;
     let run = RunDir::resolve(asked.run_dir);
     match asked.action {
         Action::Head { store, node } => start::run(&run, start::As::Head(store), node),

@@ -221,7 +221,7 @@ fn without_the_store_nobody_decides_and_what_runs_goes_on() {
 
 #[test]
 fn a_head_that_leaves_or_restarts_need_not_be_waited_for() {
-    let mut t = three(Etcd::start(), &["--store-lease", "60"]);
+    let t = three(Etcd::start(), &["--store-lease", "60"]);
     assert_eq!(t.a.run(&["stop"]).code, 0);
     t.c.await_status("b at once", |status| is_head(status, "b", 2));
     assert_eq!(t.head_a.ends().0, 0);

@@ -228,6 +228,8 @@ impl Head {
             part.pids[at] = held.pids.get(at).copied().unwrap_or(0);
             part.states[at] = held.states.get(at).copied().unwrap_or(WorkerState::Starting);
         }
+        part.links.clear();
+        held.links.iter().for_each(|report| part.take_report(report.clone()));
         part.is_wholly_counted()
     }
 

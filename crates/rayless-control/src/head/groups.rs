@@ -12,7 +12,10 @@ use rayless_proto::{
     ids::{GroupId, NodeId, PlacementGroupId, Rank},
     limits::{KEEPER_START_TIMEOUT, MAX_CAUSE, MAX_ENDED_GROUPS, REAP_TIMEOUT, STOP_REPEAT_PERIOD},
     resources::Allocation,
-    v1::control::{GroupSpec, PlacedNode, Placement, RankAllocation, Refusal, RefusalKind, ToNode, WorkerState},
+    v1::{
+        control::{GroupSpec, PlacedNode, Placement, RankAllocation, Refusal, RefusalKind, ToNode, WorkerState},
+        link::LinkReport,
+    },
 };
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -111,6 +114,7 @@ impl Head {
         }
         part.keeper = Keeper::Gone;
         part.states.fill(WorkerState::Dead);
+        part.links.clear();
         let counted: Vec<RankAllocation> = part.counted_ranks().cloned().collect();
         part.counted.fill(false);
         for rank in &counted {
@@ -175,6 +179,8 @@ impl Head {
                 host_id: node.info.host_id.clone(),
                 node_env: node.info.node_env.clone(),
                 versions: node.info.versions.clone(),
+                link_policy: node.info.links.policy.clone(),
+                has_rdma: !node.info.rdma.devices.is_empty(),
             });
             for (local_rank, rank) in (0..).zip(&part.ranks) {
                 let uuid = |index| node.info.gpus.iter().find(|g| g.index == index).map(|g| g.uuid.clone());
@@ -207,6 +213,12 @@ impl Head {
         part.pids[at] = pid;
         part.states[at] = state;
         self.check_running(id, now);
+    }
+
+    pub(super) fn on_link_changed(&mut self, node: NodeId, id: GroupId, report: LinkReport) {
+        let Some(group) = self.groups.get_mut(&id) else { return };
+        let Some(part) = group.parts.get_mut(&node).filter(|p| p.keeper != Keeper::Gone) else { return };
+        part.take_report(report);
     }
 
     /// Ranks that make no progress: told, not judged. The driver ends the group when its patience does.

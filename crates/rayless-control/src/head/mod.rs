@@ -221,6 +221,7 @@ impl Head {
             ToHead::WorkerChanged { group, rank, pid, state } => {
                 self.on_worker_changed(from, group, rank, pid, state, now);
             }
+            ToHead::LinkChanged { group, report } => self.on_link_changed(from, group, report),
             ToHead::GroupEnded { group, cause } => self.on_group_ended(from, group, &cause, now),
             ToHead::KeeperStopped { group, stopped } => self.on_keeper_stopped(from, group, stopped, now),
             ToHead::RanksStuck { group, line } => self.on_ranks_stuck(from, group, &line, now),

@@ -3,9 +3,11 @@
 use crate::{SessionId, pool::Pool};
 use rayless_proto::{
     ids::{GroupId, Incarnation, NodeId, PlacementGroupId, RequestId, TokenMark},
+    limits::MAX_LINK_ENDS,
     resources::{Allocation, Resources, Strategy},
     v1::{
         control::{GroupSpec, HeldGroup, HeldPlacementGroup, NodeInfo, RankAllocation, WorkerState},
+        link::LinkReport,
         status::{GroupState, NodeState},
     },
 };
@@ -130,6 +132,8 @@ pub(super) struct Part {
     pub(super) ranks: Vec<RankAllocation>,
     pub(super) pids: Vec<u32>,
     pub(super) states: Vec<WorkerState>,
+    /// Ends of links that its ranks have; not saved, for nodes bring them.
+    pub(super) links: Vec<LinkReport>,
     pub(super) keeper: Keeper,
     /// Which of `ranks` are taken out of a pool: all, but for what a node claims against the head's books.
     pub(super) counted: Vec<bool>,
@@ -141,12 +145,21 @@ impl Part {
     pub(super) fn new(ranks: Vec<RankAllocation>, keeper: Keeper, now: Instant) -> Self {
         let count = ranks.len();
         let states = vec![WorkerState::Starting; count];
-        Self { ranks, pids: vec![0; count], states, keeper, counted: vec![false; count], told: now }
+        Self { ranks, pids: vec![0; count], states, links: Vec::new(), keeper, counted: vec![false; count], told: now }
     }
 
     /// The ranks that are taken out of a pool.
     pub(super) fn counted_ranks(&self) -> impl Iterator<Item = &RankAllocation> {
         self.ranks.iter().zip(&self.counted).filter(|(_, counted)| **counted).map(|(rank, _)| rank)
+    }
+
+    /// Takes the report of an end of a link, if that end is at one of its ranks.
+    pub(super) fn take_report(&mut self, mut report: LinkReport) {
+        let of = if report.by_sender { report.from } else { report.to };
+        if self.ranks.iter().any(|known| known.rank == of) {
+            report.shorten();
+            report.put_into(&mut self.links, MAX_LINK_ENDS);
+        }
     }
 
     pub(super) fn is_wholly_counted(&self) -> bool {

@@ -12,7 +12,8 @@ use rayless_proto::{
     v1::{
         control::{GpuInfo, WorkerState},
         status::{
-            GpuState, GpuStatus, GroupStatus, NodeState, NodeStatus, PlacementGroupStatus, StatusReport, WorkerStatus,
+            GpuState, GpuStatus, GroupStatus, LinkStatus, NodeState, NodeStatus, PlacementGroupStatus, StatusReport,
+            WorkerStatus,
         },
     },
 };
@@ -47,7 +48,11 @@ impl Head {
                     bundles: group.bundles.values().map(|b| (b.allocation.resources.clone(), b.node)).collect(),
                 })
                 .collect(),
-            links: Vec::new(),
+            links: self
+                .groups
+                .iter()
+                .flat_map(|(id, group)| LinkStatus::of_group(*id, group.parts.values().flat_map(|part| &part.links)))
+                .collect(),
             events: self.events.iter().cloned().collect(),
         }
     }
@@ -108,6 +113,8 @@ impl Head {
             versions: node.info.versions.clone(),
             interface: node.info.interface.clone(),
             node_env: node.info.node_env.clone(),
+            links: node.info.links.clone(),
+            rdma: node.info.rdma.clone(),
         }
     }
 

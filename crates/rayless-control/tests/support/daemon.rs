@@ -329,6 +329,7 @@ impl World {
             ranks: k.ranks.clone(),
             pids: k.pids.clone(),
             states: k.states.clone(),
+            links: k.links.clone(),
         });
         ToHead::Join {
             info: self.info(host, incarnation.0),

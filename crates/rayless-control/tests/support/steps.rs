@@ -9,6 +9,7 @@ use rayless_proto::{
     ids::{GroupId, NodeId, PlacementGroupId, RequestId},
     v1::{
         control::{GroupSpec, NeedHave, Placement, RankAllocation, ToHead, WorkerState},
+        link::{LinkReport, LinkState, LinkTransport},
         status::NodeState,
     },
 };
@@ -34,6 +35,7 @@ pub struct KeeperSim {
     pub ranks: Vec<RankAllocation>,
     pub pids: Vec<u32>,
     pub states: Vec<WorkerState>,
+    pub links: Vec<LinkReport>,
     pub phase: KeeperPhase,
     pub driver: Option<usize>,
     pub watch: Detector<()>,
@@ -57,6 +59,7 @@ impl KeeperSim {
             ranks,
             pids: vec![0; count],
             states: vec![WorkerState::Starting; count],
+            links: Vec::new(),
             phase: KeeperPhase::Starting,
             driver: None,
             watch: Detector::new(dead_after),
@@ -390,6 +393,36 @@ impl World {
         let cause = format!("rank {rank} on node {} was killed by signal 9", self.hosts[host].name);
         self.end_keeper(host, group, &cause);
         true
+    }
+
+    /// Both ends of a link tell how it is: each its keeper, that its daemon, that the head.
+    pub fn report_link(&mut self, driver: usize, (from, to): (u32, u32), transport: LinkTransport, state: LinkState) {
+        let Some(group) = self.drivers[driver].group else { return };
+        for (rank, by_sender) in [(from, true), (to, false)] {
+            let Some(p) = self.drivers[driver].placements.iter().find(|p| p.rank == rank) else { continue };
+            let host = host_of(p.node);
+            let report = LinkReport {
+                from,
+                to,
+                channel: 0,
+                by_sender,
+                state,
+                cause: String::new(),
+                transport: Some(transport),
+                device: String::new(),
+                gid: String::new(),
+                mtu: 0,
+                rejected: Vec::new(),
+                encrypted: false,
+                verified: false,
+                messages: 0,
+                bytes: 0,
+            };
+            if let Some(keeper) = self.hosts[host].keepers.get_mut(&group) {
+                report.clone().put_into(&mut keeper.links, usize::MAX);
+                self.tell_head(host, ToHead::LinkChanged { group, report });
+            }
+        }
     }
 
     /// SIGKILL of a keeper: its workers die with it, its sockets close, the daemon sees its socket close.

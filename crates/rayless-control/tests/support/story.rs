@@ -8,6 +8,7 @@
 //! stop g / kill driver g / cancel g / kill worker g 3 / kill keeper g on b / end g at b / end all at b
 //! reserve pg from a: 2 x {GPU:8} [STRICT_SPREAD] [wait 10s]   /   remove pg
 //! cut a b / cut a -> b / cut udp a b / heal a b / delay a b 200ms / jitter a b 50ms / loss a b 30% / duplicates a b 20%
+//! link g 0 1 tcp / unlink g 0 1             # both ends of a link between two ranks tell of it
 //! break b                                   # its session with the head ends
 //! store lease 3s                            # before the first node: several are `head`; nodes join by the addresses of the first two
 //! store down / store up / store forgets / store cut a / store heal a / store delay 300ms / freeze a (its clock stands still; `resume`)
@@ -28,7 +29,8 @@ use rayless_proto::{
     resources::{Quantity, Resources, Strategy},
     v1::{
         control::{GroupSpec, ToHead},
-        status::GroupStatus,
+        link::{LinkState, LinkTransport},
+        status::{GroupStatus, LinkStatus},
     },
 };
 use std::time::Duration;
@@ -61,6 +63,10 @@ fn duration(text: &str) -> Result<Duration, String> {
     let bad = || format!("`{text}` is no duration");
     let (number, unit) = text.strip_suffix("ms").map_or_else(|| (text.trim_end_matches('s'), 1.0), |n| (n, 0.001));
     number.parse::<f64>().map(|n| Duration::from_secs_f64(n * unit)).map_err(|_| bad())
+}
+
+fn number(text: &str) -> Result<u32, String> {
+    text.parse().map_err(|_| format!("`{text}` is no number"))
 }
 
 fn percent(text: &str) -> Result<u64, String> {
@@ -263,6 +269,16 @@ impl Story {
             ["duplicates", a, b, p] => {
                 let p = percent(p)?;
                 self.links(a, b, |l| l.duplicates = p)?;
+            }
+            ["link", g, from, to, transport] => {
+                let ends = (number(from)?, number(to)?);
+                let all = [LinkTransport::Tcp, LinkTransport::Rdma, LinkTransport::Shm];
+                let transport = all.into_iter().find(|t| t.name() == *transport).ok_or("no transport")?;
+                self.world.report_link(self.driver(g)?, ends, transport, LinkState::Open);
+            }
+            ["unlink", g, from, to] => {
+                let ends = (number(from)?, number(to)?);
+                self.world.report_link(self.driver(g)?, ends, LinkTransport::Tcp, LinkState::Closed);
             }
             ["break", h] => {
                 let host = self.host(h)?;
@@ -548,6 +564,16 @@ impl Story {
             ["keepers", h, n] => {
                 let is = self.world.hosts[self.host(h.trim_end_matches(':'))?].keepers.len();
                 if is.to_string() == *n { Ok(()) } else { Err(format!("but there are {is}")) }
+            }
+            ["links", g, wanted @ ..] => {
+                let group = self.group(g.trim_end_matches(':'))?.ok_or("but the head does not know it")?.id;
+                let links = self.world.status().ok_or("there is no head")?.links;
+                let of_it = links.iter().filter(|link| link.group == group);
+                let name = |link: &LinkStatus| {
+                    format!("{}->{}:{}", link.from, link.to, link.transport.map_or("?", LinkTransport::name))
+                };
+                let are: Vec<String> = of_it.map(name).collect();
+                if are == wanted { Ok(()) } else { Err(format!("but they are {are:?}")) }
             }
             ["placement", "groups:", n] => {
                 let is = self.world.status().ok_or("there is no head")?.placement_groups.len();

@@ -12,6 +12,8 @@ use rayless_proto::{
     resources::{CPU, GPU, Quantity, Resources},
     v1::{
         control::{GpuInfo, HeadTerm, NodeInfo, Refusal},
+        link::LinkSettings,
+        rdma::RdmaInventory,
         status::StatusReport,
     },
 };
@@ -246,6 +248,8 @@ impl World {
             gpus: (0..h.gpus).map(gpu).collect(),
             versions: h.versions.clone(),
             node_env: Vec::new(),
+            links: LinkSettings::default(),
+            rdma: RdmaInventory::default(),
         }
     }
 

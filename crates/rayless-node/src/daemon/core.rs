@@ -4,7 +4,7 @@
 //! what came of it into the queue. So everything here is plain code on plain maps, in one order of events.
 
 use super::{
-    DaemonError, LinkWishes, Ready, Talk,
+    DaemonError, Ready, Talk,
     asked::{Client, Pending},
     event::{ClientId, Event, Events},
     keepers::Keeper,
@@ -12,6 +12,7 @@ use super::{
     wire::{News, Wire},
 };
 use crate::{
+    inventory::rdma,
     run_dir::{self, RunDir},
     tokens::Tokens,
 };
@@ -54,8 +55,8 @@ pub(crate) struct Core {
     pub(crate) tokens: Tokens,
     pub(crate) identity: ClusterIdentity,
     pub(crate) info: NodeInfo,
-    /// What this node wants of links; each keeper gets it.
-    pub(crate) links: LinkWishes,
+    /// Where the GPUs are on the PCI bus, as far as known.
+    pub(crate) gpu_places: rdma::Places,
     /// Whether GPUs come from NVML, so that their memory can be watched.
     pub(crate) gpus_measured: bool,
     pub(crate) dead_after: Duration,

@@ -9,10 +9,11 @@ use super::{
 use crate::inventory::{
     self,
     gpu::{Probe, Used},
+    rdma,
 };
 use rayless_proto::{
     ids::{GroupId, NodeId},
-    limits::{HEARTBEAT_PERIOD, MAX_ENDED_GROUPS},
+    limits::{HEARTBEAT_PERIOD, MAX_ENDED_GROUPS, MAX_LINK_ENDS},
     v1::{
         control::{HeldGroup, RankAllocation, ToHead},
         keeper::{FromKeeper, KeeperConfig},
@@ -56,6 +57,7 @@ impl Core {
                 return;
             }
         };
+        self.look_at_rdma();
         let uuid = |index: u32| self.info.gpus.iter().find(|gpu| gpu.index == index).map(|gpu| gpu.uuid.clone());
         let gpu_uuids = ranks
             .iter()
@@ -76,8 +78,7 @@ impl Core {
             leaf,
             dead_after_ms: u64::try_from(self.dead_after.as_millis()).unwrap_or(u64::MAX),
             driver_wait_ms: u64::try_from(DRIVER_WAIT.as_millis()).unwrap_or(u64::MAX),
-            link_policy: self.links.policy.clone(),
-            rdma_ports: self.links.rdma_ports,
+            links: self.info.links.clone(),
         };
         let keeper = Keeper::starting(keepers::held_before_start(group, name, world_size, driver_node, ranks));
         // A GPU that another group shares is not back to anything after this one.
@@ -87,6 +88,16 @@ impl Core {
         self.keepers.insert(group, keeper);
         tracing::info!(%group, "starting a keeper");
         keepers::start(self.exe.clone(), config, measured, self.run.clone(), self.events.clone());
+    }
+
+    /// A launch is the moment at which it matters what RDMA devices there are: the driver is told of them with the placement.
+    fn look_at_rdma(&mut self) {
+        let found = rdma::look(&self.info.links.rdma_devices, &self.gpu_places);
+        if found != self.info.rdma {
+            self.info.rdma = found;
+            let info = self.info.clone();
+            self.tell_head(ToHead::Update { info });
+        }
     }
 
     /// The head wants this node's part of the group ended.
@@ -137,10 +148,13 @@ impl Core {
                     self.tell_head(ToHead::WorkerChanged { group, rank, pid, state });
                 }
             }
+            FromKeeper::Link(report) => {
+                report.clone().put_into(&mut keeper.held.links, MAX_LINK_ENDS);
+                self.tell_head(ToHead::LinkChanged { group, report });
+            }
             FromKeeper::Stuck { line } => self.tell_head(ToHead::RanksStuck { group, line }),
             // This daemon does not ask.
             FromKeeper::Looked { .. } => {}
-            FromKeeper::Link(_) => {}
             FromKeeper::Ended { cause } => keeper.ended = Some(cause),
         }
     }
@@ -334,6 +348,8 @@ impl Core {
         inventory::add_gpus(&mut self.info.resources, &mut self.info.versions, probe, probe.gpus.len());
         self.info.gpus.clone_from(&probe.gpus);
         self.gpus_measured = !self.info.gpus.is_empty();
+        self.gpu_places.clone_from(&probe.places);
+        self.info.rdma = rdma::look(&self.info.links.rdma_devices, &self.gpu_places);
         tracing::info!(gpus = self.info.gpus.len(), "NVML has answered");
         let info = self.info.clone();
         self.tell_head(ToHead::Update { info });

@@ -226,7 +226,7 @@ pub(crate) fn held_before_start(
 ) -> HeldGroup {
     let pids = vec![0; ranks.len()];
     let states = vec![WorkerState::Starting; ranks.len()];
-    HeldGroup { group, name, world_size, driver_node, ranks, pids, states }
+    HeldGroup { group, name, world_size, driver_node, ranks, pids, states, links: Vec::new() }
 }
 
 /// Starts a keeper in the background: [`Event::KeeperStarted`] tells how it went. `measured`: GPUs whose memory is

@@ -22,7 +22,7 @@ use self::{
     wire::Wire,
 };
 use crate::{
-    inventory::{self, Inventory, Wishes, gpu},
+    inventory::{self, Inventory, Wishes, gpu, rdma},
     node_env,
     run_dir::{RunDir, RunDirLock},
     store::StoreConfig,
@@ -46,7 +46,8 @@ use rayless_proto::{
     limits::{DEAD_AFTER, DEFAULT_PORT, WAIT_REPORT_PERIOD},
     v1::{
         control::{NodeInfo, Refusal, RefusalKind},
-        link::LinkPolicy,
+        link::{LinkSettings, LinkTransport},
+        rdma::RdmaInventory,
         status::HeadSeat,
     },
 };
@@ -90,18 +91,9 @@ pub struct DaemonConfig {
     /// `--host-id`
     pub host_id: Option<String>,
     /// `--transport`, `--allow-tcp`, …
-    pub links: LinkWishes,
+    pub links: LinkSettings,
     /// Program to start keepers with.
     pub exe: PathBuf,
-}
-
-/// What the user of a node wants of the links of its workers.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LinkWishes {
-    /// `--transport`, `--allow-tcp`, `--encrypt-tensors`, `--verify-links`
-    pub policy: LinkPolicy,
-    /// `--rdma-ports`: first and last.
-    pub rdma_ports: (u16, u16),
 }
 
 /// What a daemon is in its cluster.
@@ -209,6 +201,9 @@ pub fn run(config: DaemonConfig, talk: &mut dyn FnMut(Talk)) -> Result<(), Daemo
 async fn start(config: DaemonConfig, lock: RunDirLock, talk: &mut dyn FnMut(Talk)) -> Result<(), DaemonError> {
     let started = Instant::now();
     let inventory = inventory::quick(&config.wishes).map_err(usage)?;
+    inventory::raise_memlock();
+    let rdma = rdma::look(&config.links.rdma_devices, &inventory.gpu_places);
+    rdma::check(&config.links, &rdma).map_err(usage)?;
     let key = NodeKey::load_or_create(&config.run_dir.node_key()).map_err(failed)?;
     let tokens = Tokens::load(&config.run_dir, &config.token, SystemTime::now()).map_err(failed)?;
     tokens.save_plain(&config.run_dir).map_err(|error| failed(format!("cannot write the token file: {error}")))?;
@@ -227,7 +222,11 @@ async fn start(config: DaemonConfig, lock: RunDirLock, talk: &mut dyn FnMut(Talk
     let (wire, port, listener) = open_port(&config, &choice, &identity, &counters)?;
     let socket = unix::bind(&config.run_dir.socket()).map_err(failed)?;
     let incarnation = config.run_dir.next_incarnation().map_err(failed)?;
-    let info = node_info(&config, &identity, &choice, port, incarnation, &inventory)?;
+    let info = NodeInfo {
+        links: config.links.clone(),
+        rdma,
+        ..node_info(&config, &identity, &choice, port, incarnation, &inventory)?
+    };
     tokio::spawn(take_sessions(Front::open(listener, counters.clone()), events.clone()));
     take_signals(&events)?;
     let keepers = keepers::find(&config.run_dir, &events).await;
@@ -250,9 +249,7 @@ async fn start(config: DaemonConfig, lock: RunDirLock, talk: &mut dyn FnMut(Talk
         Role::Node { .. } => (None, None, addresses.iter().copied().map(Target::At).collect()),
     };
     let named = if addresses.len() == 1 { addresses.first().copied() } else { None };
-    if let Some(limit) = inventory::memlock_limit().filter(|limit| *limit < 64 << 20) {
-        tracing::info!("locked memory is limited to {} KiB: RDMA would need more (`ulimit -l unlimited`)", limit >> 10);
-    }
+    tell_of_rdma(&info, talk);
     if inventory.gpus_unknown {
         probe_gpus(events.clone());
     }
@@ -273,6 +270,7 @@ async fn start(config: DaemonConfig, lock: RunDirLock, talk: &mut dyn FnMut(Talk
         key,
         tokens,
         identity,
+        gpu_places: inventory.gpu_places.clone(),
         gpus_measured: gpu::has_driver() && !inventory.gpus.is_empty(),
         dead_after,
         own_dead_after: config.dead_after,
@@ -284,7 +282,6 @@ async fn start(config: DaemonConfig, lock: RunDirLock, talk: &mut dyn FnMut(Talk
         dialled: None,
         head_ip: head_address.map_or_else(|| info.address.clone(), |address| address.ip().to_string()),
         info,
-        links: config.links,
         wire,
         events,
         member,
@@ -452,7 +449,21 @@ fn node_info(
             gpu::has_driver(),
             env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?))),
         ),
+        links: LinkSettings::default(),
+        rdma: RdmaInventory::default(),
     })
+}
+
+/// What keeps RDMA from working: to the user where RDMA was asked for, else into the log where there is a device at all.
+fn tell_of_rdma(info: &NodeInfo, talk: &mut dyn FnMut(Talk)) {
+    if info.links.policy.only == Some(LinkTransport::Rdma)
+        && let Some(obstacle) = info.rdma.obstacle()
+    {
+        talk(Talk::Line(format!("--transport rdma: no link of this node will come up: {obstacle}")));
+    }
+    if !info.rdma.devices.is_empty() {
+        info.rdma.findings.iter().for_each(|finding| tracing::warn!("RDMA: {}", finding.what));
+    }
 }
 
 /// The head's role: with what an earlier head of this run dir saved, if it did.

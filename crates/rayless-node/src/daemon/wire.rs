@@ -28,6 +28,7 @@ use std::{
 use tokio::sync::mpsc;
 
 /// News for one of the machines.
+#[allow(clippy::large_enum_variant, reason = "each is moved once, into its machine")]
 #[derive(Debug)]
 pub(crate) enum News {
     /// For this node's membership.

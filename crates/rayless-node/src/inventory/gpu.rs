@@ -3,6 +3,7 @@
 //! NVML is opened for each probe and closed after it: loaded, it costs a resting daemon more memory than the daemon
 //! itself. Opening takes up to seconds on a host without persistence mode, so callers probe on a thread of their own.
 
+use super::rdma::Places;
 use nvml_wrapper::{Nvml, error::NvmlError};
 use rayless_proto::v1::control::GpuInfo;
 use std::{collections::BTreeMap, env, ffi::OsStr, fs, path::Path};
@@ -22,6 +23,8 @@ pub struct Probe {
     pub versions: Vec<(String, String)>,
     /// Used memory of each GPU in bytes, by index.
     pub used_bytes: Used,
+    /// Where each GPU is on the PCI bus, by index.
+    pub places: Places,
     /// What could not be found out, one line each.
     pub notes: Vec<String>,
 }
@@ -55,7 +58,7 @@ pub fn probe() -> Probe {
         out.versions.push(("cuda".to_owned(), format!("{}.{}", version / 1000, version % 1000 / 10)));
     }
     for index in 0..nvml.device_count().unwrap_or(0) {
-        let read = || -> Result<(GpuInfo, Option<u64>), NvmlError> {
+        let read = || -> Result<(GpuInfo, Option<u64>, Option<String>), NvmlError> {
             let device = nvml.device_by_index(index)?;
             // Missing on some integrated and MIG devices; a GPU without it is still a GPU.
             let memory = device.memory_info().ok();
@@ -65,11 +68,13 @@ pub fn probe() -> Probe {
                 name: device.name()?,
                 memory_bytes: memory.as_ref().map_or(0, |memory| memory.total),
             };
-            Ok((info, memory.map(|memory| memory.used)))
+            let place = device.pci_info().ok().and_then(|pci| sysfs_place(&pci.bus_id));
+            Ok((info, memory.map(|memory| memory.used), place))
         };
         match read() {
-            Ok((info, used)) => {
+            Ok((info, used, place)) => {
                 out.gpus.push(info);
+                out.places.extend(place.map(|place| (index, place)));
                 out.used_bytes.extend(used.map(|used| (index, used)));
             }
             Err(error) => out.notes.push(format!("GPU {index} is left out: {error}")),
@@ -79,6 +84,13 @@ pub fn probe() -> Probe {
         out.gpus = visible_only(out.gpus, &visible);
     }
     out
+}
+
+/// NVML writes the domain with eight digits and in capitals, sysfs with four and small: `0000:3b:00.0`.
+fn sysfs_place(bus_id: &str) -> Option<String> {
+    let (domain, rest) = bus_id.split_once(':')?;
+    let domain = u32::from_str_radix(domain, 16).ok()?;
+    Some(format!("{domain:04x}:{}", rest.to_ascii_lowercase()))
 }
 
 /// The GPUs that CUDA_VISIBLE_DEVICES leaves: it was set by hand for this daemon, so it is obeyed, never rewritten.
@@ -109,6 +121,13 @@ pub fn declared(count: u32) -> Vec<GpuInfo> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_place_on_the_bus_is_written_as_sysfs_does() {
+        assert_eq!(sysfs_place("00000000:3B:00.0").as_deref(), Some("0000:3b:00.0"));
+        assert_eq!(sysfs_place("00010001:0A:00.0").as_deref(), Some("10001:0a:00.0"));
+        assert_eq!(sysfs_place("nonsense"), None);
+    }
 
     #[test]
     fn visible_devices_are_obeyed_like_cuda_does() {

@@ -3,6 +3,7 @@
 //! [`quick`] takes microseconds and runs before the daemon listens; [`gpu::probe`] may take seconds and runs after it.
 
 pub mod gpu;
+pub mod rdma;
 
 use rayless_proto::{
     BUILD,
@@ -73,6 +74,8 @@ pub struct Inventory {
     pub versions: Vec<(String, String)>,
     /// Whether NVML still has to be asked.
     pub gpus_unknown: bool,
+    /// Where the GPUs are on the PCI bus, as far as known.
+    pub gpu_places: rdma::Places,
 }
 
 /// All that is found out at once.
@@ -86,7 +89,13 @@ pub fn quick(wishes: &Wishes) -> Result<Inventory, InventoryError> {
     if let Ok(kernel) = fs::read_to_string("/proc/sys/kernel/osrelease") {
         versions.push(("kernel".to_owned(), kernel.trim().to_owned()));
     }
-    let mut found = Inventory { resources: Resources::new(), gpus: Vec::new(), versions, gpus_unknown: false };
+    let mut found = Inventory {
+        resources: Resources::new(),
+        gpus: Vec::new(),
+        versions,
+        gpus_unknown: false,
+        gpu_places: rdma::Places::new(),
+    };
     let cpus = wishes.cpus.unwrap_or_else(|| Quantity::whole(usable_cpus()));
     found.resources.set(CPU, cpus);
     found.resources.set(MEMORY, Quantity::whole(usable_memory()));
@@ -125,6 +134,7 @@ impl Inventory {
         self.gpus = probe.gpus.iter().take(count).cloned().collect();
         add_gpus(&mut self.resources, &mut self.versions, probe, count);
         self.gpus_unknown = false;
+        self.gpu_places.clone_from(&probe.places);
         Ok(())
     }
 }
@@ -200,9 +210,15 @@ fn check_shared_memory(dir: &Path, need_mib: u64) -> Result<(), InventoryError> 
     Ok(())
 }
 
-/// Limit of locked memory in bytes, `None` for no limit. RDMA and the heartbeat thread want none.
-pub fn memlock_limit() -> Option<u64> {
-    rustix::process::getrlimit(rustix::process::Resource::Memlock).current
+/// Raises this process's limit of locked memory, and so that of the workers to come, as far as it may: RDMA and the heartbeat
+/// thread want none.
+pub fn raise_memlock() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Memlock);
+    if limit.current != limit.maximum {
+        // Where it is refused, what is there stays; too little of it is found by name where RDMA is looked at.
+        let _ = setrlimit(Resource::Memlock, Rlimit { current: limit.maximum, maximum: limit.maximum });
+    }
 }
 
 #[cfg(test)]

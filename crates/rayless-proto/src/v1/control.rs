@@ -1,6 +1,8 @@
 //! Node and head: membership, placement and the life of groups.
 
 use super::{
+    link::{LinkPolicy, LinkReport, LinkSettings},
+    rdma::RdmaInventory,
     status::{Event, StatusReport},
     token::TokenSet,
 };
@@ -48,6 +50,10 @@ pub struct NodeInfo {
     pub versions: Vec<(String, String)>,
     /// Environment of every worker of this node, with where each value came from.
     pub node_env: Vec<NodeEnv>,
+    /// What its user set for links.
+    pub links: LinkSettings,
+    /// Its RDMA devices, and what is wrong with them.
+    pub rdma: RdmaInventory,
 }
 
 /// One variable of promise 8: what it is on this node and who said so.
@@ -78,6 +84,8 @@ pub struct HeldGroup {
     pub pids: Vec<u32>,
     /// State of those ranks, in the same order.
     pub states: Vec<WorkerState>,
+    /// Ends of links that those ranks have.
+    pub links: Vec<LinkReport>,
 }
 
 /// What one rank holds on its node.
@@ -172,6 +180,10 @@ pub struct PlacedNode {
     pub node_env: Vec<NodeEnv>,
     /// See [`NodeInfo::versions`].
     pub versions: Vec<(String, String)>,
+    /// What its user set for links.
+    pub link_policy: LinkPolicy,
+    /// Whether it has an RDMA device, usable or not.
+    pub has_rdma: bool,
 }
 
 /// One line of the need/have table of a launch that waits.
@@ -308,6 +320,14 @@ pub enum ToHead {
         pid: u32,
         /// What it is now.
         state: WorkerState,
+    },
+    /// An end of a link of this node's ranks changed (counters alone are told at most once a second). One that is closed is
+    /// forgotten.
+    LinkChanged {
+        /// The group.
+        group: GroupId,
+        /// How it is now.
+        report: LinkReport,
     },
     /// This node's part of the group is over and its processes are reaped: what it held is free from here on (so
     /// `GpuDraining` comes before). Also the answer to a `StopKeeper` for a group that the node does not hold.

@@ -12,7 +12,7 @@
 
 use super::{
     control::{HeldGroup, NodeEnv, RankAllocation, WorkerState},
-    link::{LinkPolicy, LinkReport},
+    link::{LinkReport, LinkSettings},
     local::LeafBundle,
     step::{Look, RankLook},
 };
@@ -51,9 +51,7 @@ pub struct KeeperConfig {
     /// How long the keeper waits for the driver's first session, in milliseconds.
     pub driver_wait_ms: u64,
     /// What this node wants of links.
-    pub link_policy: LinkPolicy,
-    /// First and last port for RDMA connections (`--rdma-ports`).
-    pub rdma_ports: (u16, u16),
+    pub links: LinkSettings,
 }
 
 /// Daemon to keeper.
@@ -103,7 +101,7 @@ pub enum FromKeeper {
         /// One line that names them and what they are in.
         line: String,
     },
-    /// A link of one of its ranks changed. After `Held` one comes for each link that there was.
+    /// A link of one of its ranks changed.
     Link(LinkReport),
     /// All processes are reaped; the keeper ends after this.
     Ended {

@@ -11,6 +11,7 @@
 //! A `Try` of TCP is followed by connections of the same kind whose opening is [`LinkOpening::Stream`]; after it TLS ends and the link's own
 //! bytes follow in clear, or stay within TLS where tensors are encrypted.
 
+use super::rdma::RdmaReach;
 use crate::ids::{GroupId, NodeId, Rank};
 use rkyv::{Archive, Deserialize, Serialize};
 
@@ -18,6 +19,11 @@ use rkyv::{Archive, Deserialize, Serialize};
 pub const MAX_LINK_FRAME: usize = 16 << 10;
 /// TCP streams of one link.
 pub const MAX_LINK_STREAMS: u8 = 16;
+
+/// Characters of each text of a report that a head keeps.
+const MAX_REPORT_TEXT: usize = 400;
+/// Rejected transports of a report that a head keeps; there are no more of them.
+const MAX_REJECTED: usize = 3;
 
 /// What moves a link's bytes. In the order of preference, the best last.
 #[derive(Archive, Serialize, Deserialize, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -39,6 +45,17 @@ impl LinkTransport {
             Self::Shm => "shm",
         }
     }
+}
+
+/// What a node's user set for the links of its workers.
+#[derive(Archive, Serialize, Deserialize, Clone, PartialEq, Eq, Debug, Default)]
+pub struct LinkSettings {
+    /// `--transport`, `--allow-tcp`, `--encrypt-tensors`, `--verify-links`
+    pub policy: LinkPolicy,
+    /// `--rdma-ports`: first and last.
+    pub rdma_ports: (u16, u16),
+    /// `--rdma-device`: these only; empty: all.
+    pub rdma_devices: Vec<String>,
 }
 
 /// What a node (`--transport`, `--allow-tcp`, …) or a driver (the variables of the same names) wants of links.
@@ -67,6 +84,8 @@ pub struct LinkNode {
     pub port: u16,
     /// See [`super::control::NodeInfo::host_id`].
     pub host_id: String,
+    /// Whether it has an RDMA device, usable or not.
+    pub has_rdma: bool,
 }
 
 /// What all ranks of a group know of each other: made by the driver, part of [`super::step::Launch`].
@@ -118,6 +137,8 @@ pub struct LinkBoot {
     pub keeper_socket: String,
     /// First and last port for RDMA connections.
     pub rdma_ports: (u16, u16),
+    /// The RDMA devices to use (`--rdma-device`); empty: all.
+    pub rdma_devices: Vec<String>,
 }
 
 /// First frame of the sender on a connection.
@@ -155,8 +176,8 @@ pub struct LinkOffer {
     pub host_id: String,
     /// What it may do.
     pub policy: LinkPolicy,
-    /// Its RDMA devices.
-    pub rdma_devices: Vec<String>,
+    /// Its ways out by RDMA, the preferred first.
+    pub rdma: Vec<RdmaReach>,
     /// Why RDMA cannot be used at its end; empty where it can.
     pub no_rdma: String,
     /// Bytes of the largest payload.
@@ -234,6 +255,18 @@ pub enum LinkState {
     Failed,
 }
 
+impl LinkState {
+    /// As in `status`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Opening => "opening",
+            Self::Open => "open",
+            Self::Closed => "closed",
+            Self::Failed => "failed",
+        }
+    }
+}
+
 /// One end's view of one link: worker to keeper, keeper to daemon and driver. A later one of the same end replaces it.
 #[derive(Archive, Serialize, Deserialize, Clone, PartialEq, Eq, Debug)]
 pub struct LinkReport {
@@ -267,4 +300,47 @@ pub struct LinkReport {
     pub messages: u64,
     /// Their payload in bytes.
     pub bytes: u64,
+}
+
+impl LinkReport {
+    /// What one end of one link is known by.
+    pub const fn key(&self) -> (Rank, Rank, u16, bool) {
+        (self.from, self.to, self.channel, self.by_sender)
+    }
+
+    /// Cuts its texts to what a table of many links can hold.
+    pub fn shorten(&mut self) {
+        let cut = |text: &mut String| {
+            if let Some((at, _)) = text.char_indices().nth(MAX_REPORT_TEXT) {
+                text.truncate(at);
+                text.push('…');
+            }
+        };
+        self.rejected.truncate(MAX_REJECTED);
+        cut(&mut self.cause);
+        self.rejected.iter_mut().for_each(|(_, reason)| cut(reason));
+    }
+
+    /// Puts it in the place of the end's earlier report; that of a closed end only takes the earlier one away. With `room` ends
+    /// there no further one is taken. Whether more than counters changed.
+    pub fn put_into(self, all: &mut Vec<Self>, room: usize) -> bool {
+        let at = all.iter().position(|known| known.key() == self.key());
+        match at {
+            Some(at) if self.state == LinkState::Closed => {
+                all.swap_remove(at);
+                true
+            }
+            Some(at) => {
+                let counters = Self { messages: self.messages, bytes: self.bytes, ..all[at].clone() };
+                let told = counters != self;
+                all[at] = self;
+                told
+            }
+            None if self.state == LinkState::Closed || all.len() >= room => false,
+            None => {
+                all.push(self);
+                true
+            }
+        }
+    }
 }

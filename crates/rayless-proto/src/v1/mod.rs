@@ -10,6 +10,7 @@
 //! | [`link`] | two workers of a group | TLS over TCP |
 //! | [`token`] | node and head, while a token is rotated | inside `control` |
 //! | [`status`] | what `rayless status --json` shows | inside `control` and `local` |
+//! | [`rdma`] | a node's RDMA devices | inside `control`, `status` and `link` |
 //!
 //! What people see of them is made in `status_json` (`StatusReport::to_json`) `need_have` (`NeedHave` as text)
 //! and `rank_look` (a line per rank when nothing moves).
@@ -24,6 +25,7 @@ pub mod link;
 pub mod local;
 mod need_have;
 mod rank_look;
+pub mod rdma;
 pub mod status;
 mod status_json;
 #[allow(missing_docs, reason = "rkyv derives undocumented types for enums with named fields")]

@@ -1,11 +1,16 @@
 //! The state of a cluster: the fields of `rayless status --json` (names are a contract; fields may be added).
 
-use super::control::{NodeEnv, WorkerState};
+use super::{
+    control::{NodeEnv, WorkerState},
+    link::{LinkReport, LinkSettings, LinkState, LinkTransport},
+    rdma::RdmaInventory,
+};
 use crate::{
     ids::{ClusterId, GroupId, NodeId, PlacementGroupId, Rank, Term, TokenMark},
     resources::Resources,
 };
 use rkyv::{Archive, Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 /// Everything.
 #[derive(Archive, Serialize, Deserialize, Clone, PartialEq, Debug)]
@@ -132,6 +137,10 @@ pub struct NodeStatus {
     pub interface: String,
     /// Environment that its workers get, with sources.
     pub node_env: Vec<NodeEnv>,
+    /// What its user set for links.
+    pub links: LinkSettings,
+    /// Its RDMA devices, and what is wrong with them.
+    pub rdma: RdmaInventory,
 }
 
 /// State of a GPU.
@@ -245,7 +254,7 @@ pub struct PlacementGroupStatus {
     pub bundles: Vec<(Resources, NodeId)>,
 }
 
-/// One tensor link.
+/// One tensor link, as its two ends report it.
 #[derive(Archive, Serialize, Deserialize, Clone, PartialEq, Debug)]
 pub struct LinkStatus {
     /// Its group.
@@ -254,16 +263,82 @@ pub struct LinkStatus {
     pub from: Rank,
     /// Receiving rank.
     pub to: Rank,
-    /// `shm`, `rdma` or `tcp`.
-    pub transport: String,
-    /// RDMA device, else empty.
+    /// Which of the links between those two.
+    pub channel: u16,
+    /// How it is.
+    pub state: LinkState,
+    /// Why it failed; empty otherwise.
+    pub cause: String,
+    /// What moves its bytes; `None` before that is settled.
+    pub transport: Option<LinkTransport>,
+    /// The sender's RDMA device, else empty. (The receiver's, while only that one has reported.)
     pub device: String,
-    /// GID, else empty.
+    /// That device's GID, else empty.
     pub gid: String,
     /// Path MTU in bytes, 0 where it has none.
     pub mtu: u32,
-    /// Transport and reason of each that was not taken.
-    pub rejected: Vec<(String, String)>,
+    /// The receiver's RDMA device, else empty.
+    pub peer_device: String,
+    /// That device's GID, else empty.
+    pub peer_gid: String,
+    /// Transport and reason of each that was not taken, best first.
+    pub rejected: Vec<(LinkTransport, String)>,
+    /// Whether its bytes travel within TLS.
+    pub encrypted: bool,
+    /// Whether payloads carry checksums.
+    pub verified: bool,
+    /// Messages moved, as last reported.
+    pub messages: u64,
+    /// Their payload in bytes.
+    pub bytes: u64,
+}
+
+impl LinkStatus {
+    /// A group's links, each made of what its ends report, in the order of ranks and channels.
+    pub fn of_group<'a>(group: GroupId, reports: impl IntoIterator<Item = &'a LinkReport>) -> Vec<Self> {
+        let mut links: BTreeMap<_, (Option<&LinkReport>, Option<&LinkReport>)> = BTreeMap::new();
+        for report in reports {
+            let ends = links.entry((report.from, report.to, report.channel)).or_default();
+            *(if report.by_sender { &mut ends.0 } else { &mut ends.1 }) = Some(report);
+        }
+        links
+            .into_values()
+            .filter_map(|(sender, receiver)| {
+                let one = sender.or(receiver)?;
+                let other = sender.and(receiver);
+                // The worse of both is the truth about the link.
+                let worst = [Some(one), other].into_iter().flatten().max_by_key(|report| match report.state {
+                    LinkState::Open => 0,
+                    LinkState::Opening => 1,
+                    LinkState::Closed => 2,
+                    LinkState::Failed => 3,
+                })?;
+                Some(Self {
+                    group,
+                    from: one.from,
+                    to: one.to,
+                    channel: one.channel,
+                    state: worst.state,
+                    cause: worst.cause.clone(),
+                    transport: one.transport.or_else(|| other?.transport),
+                    device: one.device.clone(),
+                    gid: one.gid.clone(),
+                    mtu: one.mtu,
+                    peer_device: receiver.map(|end| end.device.clone()).unwrap_or_default(),
+                    peer_gid: receiver.map(|end| end.gid.clone()).unwrap_or_default(),
+                    rejected: if one.rejected.is_empty() {
+                        other.unwrap_or(one).rejected.clone()
+                    } else {
+                        one.rejected.clone()
+                    },
+                    encrypted: one.encrypted,
+                    verified: one.verified,
+                    messages: other.map_or(one.messages, |other| other.messages.max(one.messages)),
+                    bytes: other.map_or(one.bytes, |other| other.bytes.max(one.bytes)),
+                })
+            })
+            .collect()
+    }
 }
 
 /// Something that happened.
@@ -275,4 +350,63 @@ pub struct Event {
     pub kind: String,
     /// One line.
     pub cause: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report(by_sender: bool, state: LinkState, device: &str) -> LinkReport {
+        LinkReport {
+            from: 1,
+            to: 0,
+            channel: 3,
+            by_sender,
+            state,
+            cause: if state == LinkState::Failed { "the peer's process ended".into() } else { String::new() },
+            transport: Some(LinkTransport::Rdma),
+            device: device.into(),
+            gid: format!("gid of {device}"),
+            mtu: 1024,
+            rejected: if by_sender { Vec::new() } else { vec![(LinkTransport::Shm, "two hosts".into())] },
+            encrypted: false,
+            verified: true,
+            messages: if by_sender { 7 } else { 6 },
+            bytes: 100,
+        }
+    }
+
+    #[test]
+    fn what_the_two_ends_say_is_one_link() {
+        let group = GroupId([1; 8]);
+        let (sender, receiver) = (report(true, LinkState::Open, "siw1"), report(false, LinkState::Failed, "siw0"));
+        let other = LinkReport { channel: 4, ..receiver.clone() };
+        let links = LinkStatus::of_group(group, [&other, &receiver, &sender]);
+        assert_eq!(links.iter().map(|link| link.channel).collect::<Vec<_>>(), [3, 4]);
+        let both = &links[0];
+        assert_eq!(
+            (both.device.as_str(), both.peer_device.as_str(), both.peer_gid.as_str()),
+            ("siw1", "siw0", "gid of siw0")
+        );
+        assert_eq!(
+            (both.state, both.cause.as_str(), both.messages),
+            (LinkState::Failed, "the peer's process ended", 7)
+        );
+        assert_eq!(both.rejected, [(LinkTransport::Shm, "two hosts".to_owned())]);
+        assert_eq!((links[1].device.as_str(), links[1].peer_device.as_str()), ("siw0", "siw0"));
+    }
+
+    #[test]
+    fn a_report_replaces_that_of_its_end_and_a_closed_end_is_forgotten() {
+        let mut all = Vec::new();
+        assert!(report(true, LinkState::Opening, "").put_into(&mut all, 2));
+        assert!(report(true, LinkState::Open, "siw1").put_into(&mut all, 2));
+        assert!(report(false, LinkState::Open, "siw0").put_into(&mut all, 2));
+        assert!(!LinkReport { channel: 9, ..report(true, LinkState::Open, "siw1") }.put_into(&mut all, 2));
+        assert!(!LinkReport { messages: 99, ..report(true, LinkState::Open, "siw1") }.put_into(&mut all, 2));
+        assert_eq!((all.len(), all[0].messages), (2, 99));
+        assert!(report(true, LinkState::Closed, "siw1").put_into(&mut all, 2));
+        assert!(!report(true, LinkState::Closed, "siw1").put_into(&mut all, 2));
+        assert_eq!(all.iter().map(|end| end.by_sender).collect::<Vec<_>>(), [false]);
+    }
 }

@@ -1,7 +1,11 @@
 //! `rayless status --json`, the same for the command, the status page and Python. Its names are a contract:
 //! fields may be added, never renamed.
 
-use super::status::{GroupStatus, LinkStatus, NodeState, NodeStatus, PlacementGroupStatus, StatusReport};
+use super::{
+    link::{LinkSettings, LinkTransport},
+    rdma::{RdmaInventory, RdmaPort},
+    status::{GroupStatus, LinkStatus, NodeState, NodeStatus, PlacementGroupStatus, StatusReport},
+};
 use crate::resources::{Quantity, Resources};
 use serde_json::{Map, Value, json};
 
@@ -32,7 +36,7 @@ impl StatusReport {
             "nodes": self.nodes.iter().map(|one| node(one, self)).collect::<Vec<_>>(),
             "groups": self.groups.iter().map(group).collect::<Vec<_>>(),
             "placement_groups": self.placement_groups.iter().map(placement_group).collect::<Vec<_>>(),
-            "links": self.links.iter().map(link).collect::<Vec<_>>(),
+            "links": self.links.iter().map(LinkStatus::to_json).collect::<Vec<_>>(),
             "events": self.events.iter().map(|event| json!({
                 "time": event.time_us as f64 / 1e6,
                 "kind": event.kind,
@@ -86,6 +90,8 @@ fn node(node: &NodeStatus, report: &StatusReport) -> Value {
             "value": env.value,
             "source": env.source,
         })).collect::<Vec<_>>(),
+        "links": link_settings(&node.links),
+        "rdma": rdma(&node.rdma),
     })
 }
 
@@ -118,18 +124,73 @@ fn placement_group(group: &PlacementGroupStatus) -> Value {
     })
 }
 
-fn link(link: &LinkStatus) -> Value {
+impl LinkStatus {
+    /// An entry of `links`.
+    pub fn to_json(&self) -> Value {
+        json!({
+            "group": self.group.to_string(),
+            "from": self.from,
+            "to": self.to,
+            "channel": self.channel,
+            "state": self.state.name(),
+            "cause": self.cause,
+            "transport": self.transport.map_or("", LinkTransport::name),
+            "device": self.device,
+            "gid": self.gid,
+            "mtu": self.mtu,
+            "peer_device": self.peer_device,
+            "peer_gid": self.peer_gid,
+            "rejected": self.rejected.iter().map(|(transport, reason)| json!({
+                "transport": transport.name(),
+                "reason": reason,
+            })).collect::<Vec<_>>(),
+            "encrypted": self.encrypted,
+            "verified": self.verified,
+            "messages": self.messages,
+            "bytes": self.bytes,
+        })
+    }
+}
+
+fn link_settings(links: &LinkSettings) -> Value {
     json!({
-        "group": link.group.to_string(),
-        "from": link.from,
-        "to": link.to,
-        "transport": link.transport,
-        "device": link.device,
-        "gid": link.gid,
-        "mtu": link.mtu,
-        "rejected": link.rejected.iter().map(|(transport, reason)| json!({
-            "transport": transport,
-            "reason": reason,
+        "transport": links.policy.only.map_or("auto", LinkTransport::name),
+        "allow_tcp": links.policy.allow_tcp,
+        "encrypt_tensors": links.policy.encrypt,
+        "verify_links": links.policy.verify,
+        "rdma_ports": [links.rdma_ports.0, links.rdma_ports.1],
+        "rdma_devices": links.rdma_devices,
+    })
+}
+
+fn rdma(rdma: &RdmaInventory) -> Value {
+    let port = |port: &RdmaPort| {
+        json!({
+            "number": port.number,
+            "state": port.state,
+            "rate": port.rate,
+            "interface": port.interface,
+            "address": port.address,
+            "mtu": port.mtu,
+            "gids": port.gids.iter().map(|gid| json!({
+                "index": gid.index,
+                "gid": gid.gid,
+                "type": gid.kind,
+            })).collect::<Vec<_>>(),
+        })
+    };
+    json!({
+        "devices": rdma.devices.iter().map(|device| json!({
+            "name": device.name,
+            "protocol": device.protocol,
+            "mode": device.mode,
+            "numa": device.numa,
+            "gpus": device.gpu_steps.iter().map(|(index, steps)| json!({ "index": index, "steps": steps })).collect::<Vec<_>>(),
+            "ports": device.ports.iter().map(port).collect::<Vec<_>>(),
+        })).collect::<Vec<_>>(),
+        "findings": rdma.findings.iter().map(|finding| json!({
+            "what": finding.what,
+            "fatal": finding.is_fatal,
         })).collect::<Vec<_>>(),
     })
 }
@@ -185,6 +246,8 @@ mod tests {
                 versions: vec![("rayless".into(), "0.1.0".into())],
                 interface: "eth0".into(),
                 node_env: Vec::new(),
+                links: LinkSettings::default(),
+                rdma: RdmaInventory::default(),
             }],
             groups: vec![GroupStatus {
                 id: GroupId([2; 8]),

@@ -11,9 +11,10 @@ use rayless_proto::{
         keeper::{FromKeeper, KeeperConfig, ToKeeper},
         link::{
             LaunchLinks, LinkAnswer, LinkBoot, LinkNode, LinkOffer, LinkOpening, LinkOutcome, LinkPlace, LinkPolicy,
-            LinkReport, LinkState, LinkTable, LinkTransport, LinkTry,
+            LinkReport, LinkSettings, LinkState, LinkTable, LinkTransport, LinkTry,
         },
         local::{ClientMessage, ClientReply, ClientRequest, DaemonMessage, Identity, LeafBundle},
+        rdma::{RdmaDevice, RdmaFinding, RdmaGid, RdmaInventory, RdmaPort, RdmaReach},
         status::{
             Event, GpuState, GpuStatus, GroupState, GroupStatus, HeadSeat, LinkStatus, NodeState, NodeStatus,
             PlacementGroupStatus, StatusReport, TokenStatus, WorkerStatus,
@@ -59,6 +60,7 @@ pub fn to_head() -> Vec<ToHead> {
         ToHead::Status { request: 6 },
         ToHead::KeeperReady { group: GROUP },
         ToHead::WorkerChanged { group: GROUP, rank: 1, pid: 77, state: WorkerState::Busy },
+        ToHead::LinkChanged { group: GROUP, report: link_report() },
         ToHead::GroupEnded { group: GROUP, cause: "rank 1 was killed".into() },
         ToHead::KeeperStopped { group: GROUP, stopped: true },
         ToHead::RanksStuck { group: GROUP, line: "rank 1: 12 s in execute_model (call 17)".into() },
@@ -206,8 +208,7 @@ pub fn keeper_configs() -> Vec<KeeperConfig> {
         leaf: leaf(),
         dead_after_ms: 3000,
         driver_wait_ms: 60_000,
-        link_policy: link_policy(),
-        rdma_ports: (6400, 6463),
+        links: link_settings(),
     }]
 }
 
@@ -233,6 +234,7 @@ pub fn link_boots() -> Vec<LinkBoot> {
         leaf: leaf(),
         keeper_socket: "/run/rayless/keepers/0303030303030303.sock".into(),
         rdma_ports: (6400, 6463),
+        rdma_devices: vec!["erdma_0".into()],
     }]
 }
 
@@ -248,7 +250,7 @@ pub fn link_openings() -> Vec<LinkOpening> {
             node_name: "a".into(),
             host_id: "boot-1".into(),
             policy: link_policy(),
-            rdma_devices: vec!["erdma_0".into()],
+            rdma: vec![rdma_reach()],
             no_rdma: String::new(),
             max_message: 1 << 30,
         }),
@@ -298,6 +300,43 @@ pub fn link_report() -> LinkReport {
     }
 }
 
+fn rdma_reach() -> RdmaReach {
+    RdmaReach {
+        device: "erdma_0".into(),
+        protocol: "iwarp".into(),
+        interface: "eth0".into(),
+        address: "10.0.0.1".into(),
+        mtu: 1500,
+        gid: "0216:3e00:0001:0000:0000:0000:0000:0000".into(),
+    }
+}
+
+fn rdma_inventory() -> RdmaInventory {
+    let port = RdmaPort {
+        number: 1,
+        state: "ACTIVE".into(),
+        rate: "100 Gb/sec (4X EDR)".into(),
+        interface: "eth0".into(),
+        address: "10.0.0.1".into(),
+        mtu: 1500,
+        gids: vec![RdmaGid { index: 0, gid: "0216:3e00:0001:0000:0000:0000:0000:0000".into(), kind: String::new() }],
+    };
+    let device = RdmaDevice {
+        name: "erdma_0".into(),
+        protocol: "iwarp".into(),
+        mode: "standard".into(),
+        numa: Some(1),
+        gpu_steps: vec![(0, Some(4)), (1, None)],
+        ports: vec![port],
+    };
+    let findings = vec![RdmaFinding { what: "the memlock limit is 64 KiB".into(), is_fatal: true }];
+    RdmaInventory { devices: vec![device], findings }
+}
+
+fn link_settings() -> LinkSettings {
+    LinkSettings { policy: link_policy(), rdma_ports: (6400, 6463), rdma_devices: vec!["erdma_0".into()] }
+}
+
 fn link_policy() -> LinkPolicy {
     LinkPolicy { only: Some(LinkTransport::Rdma), allow_tcp: Some(true), encrypt: false, verify: true }
 }
@@ -309,6 +348,7 @@ fn link_table() -> LinkTable {
         address: "10.0.0.1".into(),
         port: 6379,
         host_id: format!("boot-{id}"),
+        has_rdma: true,
     };
     LinkTable { secret: [6; 32], nodes: vec![node(1, "a"), node(2, "b")], ranks: vec![0, 0, 1, 1] }
 }
@@ -386,6 +426,8 @@ pub fn report() -> StatusReport {
             versions: vec![("rayless".into(), "0.1.0".into())],
             interface: "eth0".into(),
             node_env: vec![node_env()],
+            links: link_settings(),
+            rdma: rdma_inventory(),
         }],
         groups: vec![GroupStatus {
             id: GROUP,
@@ -406,11 +448,20 @@ pub fn report() -> StatusReport {
             group: GROUP,
             from: 0,
             to: 1,
-            transport: "tcp".into(),
+            channel: 2,
+            state: LinkState::Open,
+            cause: String::new(),
+            transport: Some(LinkTransport::Tcp),
             device: String::new(),
             gid: String::new(),
             mtu: 1500,
-            rejected: vec![("rdma".into(), "no device".into())],
+            peer_device: String::new(),
+            peer_gid: String::new(),
+            rejected: vec![(LinkTransport::Rdma, "no device".into())],
+            encrypted: true,
+            verified: false,
+            messages: 3,
+            bytes: 1 << 20,
         }],
         events: vec![event()],
     }
@@ -449,6 +500,8 @@ fn info() -> NodeInfo {
         gpus: vec![GpuInfo { index: 0, uuid: "GPU-1".into(), name: "H20".into(), memory_bytes: 96 << 30 }],
         versions: vec![("rayless".into(), "0.1.0".into())],
         node_env: vec![node_env()],
+        links: link_settings(),
+        rdma: rdma_inventory(),
     }
 }
 
@@ -461,6 +514,7 @@ fn held() -> HeldGroup {
         ranks: vec![rank()],
         pids: vec![100],
         states: vec![WorkerState::Ready],
+        links: vec![link_report()],
     }
 }
 
@@ -500,6 +554,8 @@ fn placed_node() -> PlacedNode {
         host_id: "boot/4026531840".into(),
         node_env: vec![node_env()],
         versions: vec![("rayless".into(), "0.1.0".into())],
+        link_policy: link_policy(),
+        has_rdma: true,
     }
 }
 

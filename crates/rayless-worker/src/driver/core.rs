@@ -18,8 +18,11 @@ use crate::{
 use rayless_proto::{
     codec,
     ids::{CallId, GroupId, NodeId, Rank},
-    limits::{HEARTBEAT_PERIOD, MAX_CALL, MAX_CALLS_IN_FLIGHT, MAX_FRAGMENT, OBSERVER_LATE, REAP_TIMEOUT},
+    limits::{
+        HEARTBEAT_PERIOD, MAX_CALL, MAX_CALLS_IN_FLIGHT, MAX_FRAGMENT, MAX_LINK_ENDS, OBSERVER_LATE, REAP_TIMEOUT,
+    },
     v1::{
+        link::LinkReport,
         status::NodeState,
         step::{FLAG_ERROR, FLAG_LAST, Header, KeeperEvent, Kind},
     },
@@ -175,6 +178,8 @@ pub(super) struct Core {
     pub(super) over: bool,
     give_up_at: Option<Instant>,
     pub(super) starting: Starting,
+    /// The last word of each end of a link that is not closed.
+    pub(super) links: Vec<LinkReport>,
     pub(super) callbacks: CallbackThread,
     pub(super) watch: Watch,
     dead_after: Duration,
@@ -214,6 +219,7 @@ impl Core {
             over: false,
             give_up_at: None,
             starting: Starting::default(),
+            links: Vec::new(),
             callbacks,
             watch: Watch::standard(),
             dead_after,
@@ -479,7 +485,11 @@ impl Core {
                 self.changed = true;
             }
             KeeperEvent::Ready { .. } => return Err(SessionError::Protocol("ready of another host's rank".into())),
-            KeeperEvent::Changed { .. } | KeeperEvent::Link(_) => {}
+            KeeperEvent::Changed { .. } => {}
+            KeeperEvent::Link(report) if named(if report.by_sender { &report.from } else { &report.to }) => {
+                report.put_into(&mut self.links, MAX_LINK_ENDS * self.peers.len());
+            }
+            KeeperEvent::Link(_) => return Err(SessionError::Protocol("a link of another host's rank".into())),
             KeeperEvent::Failed { rank, cause, tail } => {
                 // What the worker answered before it died counts.
                 self.collect();
@@ -740,6 +750,7 @@ impl Core {
 
     /// The group is over by its driver's will.
     pub(super) fn stop(&mut self) {
+        self.links.clear();
         if self.end.is_none() {
             self.finish(End::Stopped, "", STOP_TIMEOUT + REAP_TIMEOUT);
         }

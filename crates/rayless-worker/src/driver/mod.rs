@@ -28,6 +28,7 @@ use rayless_proto::{
     v1::{
         control::{NeedHave, NodeEnv, PlacedNode, Placement},
         local::LeafBundle,
+        status::LinkStatus,
     },
 };
 use shared::Shared;
@@ -265,6 +266,12 @@ impl WorkerGroup {
         };
         let (id, slot) = self.inner.shared.with(|core| core.call(payload, asked, timeout, step_deadline))?;
         Ok(Call { id, slot, shared: Arc::clone(&self.inner.shared) })
+    }
+
+    /// Its tensor links as their ends last reported them, in the order of ranks and channels; those of a group that failed as they were
+    /// then, of one that was stopped none.
+    pub fn links(&self) -> Vec<LinkStatus> {
+        self.inner.shared.with(|core| LinkStatus::of_group(self.inner.id, &core.links))
     }
 
     /// Why the group is over, if it failed.

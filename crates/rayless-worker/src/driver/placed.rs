@@ -274,6 +274,7 @@ impl Placed {
             address: node.address.clone(),
             port: node.port,
             host_id: node.host_id.clone(),
+            has_rdma: node.has_rdma,
         });
         let table = LinkTable {
             secret,

@@ -14,7 +14,7 @@ use rayless_net::{framing, identity::TlsIdentity};
 use rayless_proto::{
     codec,
     ids::Rank,
-    limits::{MAX_LOCAL_MESSAGE, REAP_TIMEOUT},
+    limits::{MAX_LINK_ENDS, MAX_LOCAL_MESSAGE, REAP_TIMEOUT},
     v1::{
         control::{HeldGroup, WorkerState},
         keeper::{FromKeeper, KeeperConfig, ToKeeper},
@@ -48,8 +48,6 @@ use tokio::{
 
 /// From the end of an orderly stop's calls to SIGKILL.
 const GRACE: Duration = Duration::from_secs(2);
-/// Ends of links that one host's part of a group may have at once and still be shown.
-const MAX_LINKS_PER_HOST: usize = 4096;
 /// Between two looks at what the workers do.
 const LOOK: Duration = Duration::from_secs(1);
 
@@ -248,9 +246,6 @@ impl Group {
             Caller::Said { id, message: ToKeeper::Watch } => {
                 if let Some(daemon) = self.daemons.get(&id) {
                     let _ = daemon.send(FromKeeper::Held(self.held()));
-                    for link in self.links.values() {
-                        let _ = daemon.send(FromKeeper::Link(link.clone()));
-                    }
                 }
             }
             Caller::Said { message: ToKeeper::Stop { cause }, .. } => {
@@ -339,11 +334,11 @@ impl Group {
 
     /// A worker speaks for its own end of a link only.
     fn on_link(&mut self, index: usize, report: LinkReport) {
-        let LinkReport { from, to, channel, by_sender, .. } = report;
-        let end = (from, to, channel, by_sender);
+        let LinkReport { from, to, by_sender, .. } = report;
+        let end = report.key();
         let known = self.links.contains_key(&end);
         let own = self.workers[index].rank == if by_sender { from } else { to };
-        if !own || !known && self.links.len() >= MAX_LINKS_PER_HOST {
+        if !own || !known && self.links.len() >= MAX_LINK_ENDS {
             tracing::warn!(?end, "a report of a link is dropped");
             return;
         }
@@ -464,14 +459,15 @@ impl Group {
     fn link_boot(&self, launch: &Launch) -> Result<Rc<[u8]>, String> {
         let Some(LaunchLinks { table, policy }) = &launch.links else { return Ok(Rc::default()) };
         let node = format!("node {}", self.config.node_name);
-        let policy = crate::links::together((&self.config.link_policy, &node), (policy, "the driver"));
+        let policy = crate::links::together((&self.config.links.policy, &node), (policy, "the driver"));
         let boot = LinkBoot {
             group: self.config.group,
             table: table.clone(),
             policy: policy.map_err(|contradiction| contradiction.to_string())?,
             leaf: self.config.leaf.clone(),
             keeper_socket: super::socket_path(&self.config).to_string_lossy().into_owned(),
-            rdma_ports: self.config.rdma_ports,
+            rdma_ports: self.config.links.rdma_ports,
+            rdma_devices: self.config.links.rdma_devices.clone(),
         };
         Ok(codec::encode(&boot).into())
     }
@@ -595,6 +591,7 @@ impl Group {
             world_size: self.config.world_size,
             driver_node: self.config.driver_node,
             ranks: self.config.ranks.clone(),
+            links: self.links.values().cloned().collect(),
             pids: (0..count).map(|index| of(index).map_or(0, |worker| worker.pid)).collect(),
             states: (0..count).map(|index| of(index).map_or(WorkerState::Starting, |w| self.state(index, w))).collect(),
         }

@@ -9,6 +9,7 @@
 
 mod error;
 mod policy;
+mod reach;
 mod receiver;
 mod report;
 mod sender;

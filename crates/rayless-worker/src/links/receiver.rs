@@ -1,16 +1,20 @@
 //! The receiving end of a link: waits for its sender, then has it try one transport after the other.
 
 use super::{
-    Asked, LinkFault, PROOF, STREAMS, policy,
+    Asked, LinkFault, PROOF, STREAMS, policy, reach,
     report::{self, Live},
     ticket,
 };
-use rayless_fabric::{Acceptor, RecvLink, Ticket, Wait, select::Policy};
+use rayless_fabric::{
+    Acceptor, Level, RecvLink, Ticket, Wait,
+    select::{self, End, Place, Plan, Step},
+};
 use rayless_net::link::{Channel, ChannelError};
 use rayless_proto::{
     codec,
     v1::link::{
-        LinkAnswer, LinkOffer, LinkOutcome, LinkPlace, LinkPolicy, LinkState, LinkTransport, LinkTry, MAX_LINK_FRAME,
+        LinkAnswer, LinkBoot, LinkOffer, LinkOutcome, LinkPlace, LinkPolicy, LinkState, LinkTransport, LinkTry,
+        MAX_LINK_FRAME,
     },
 };
 
@@ -58,73 +62,55 @@ fn agree(asked: &Asked<'_>, mut channel: Channel, offer: &LinkOffer) -> Result<(
             return Err(Failure::Link(LinkFault::Refused(reason)));
         }
     };
-    let mut rejected = Vec::new();
-    for transport in [LinkTransport::Shm, LinkTransport::Rdma, LinkTransport::Tcp] {
-        let place = match place_of(asked, transport, offer, &policy) {
-            Ok(place) => place,
-            Err(reason) => {
-                rejected.push((transport, reason));
-                continue;
-            }
+    let (own_node, from_node) = (asked.shared.node_name(asked.link.to), asked.shared.node_name(asked.link.from));
+    let host = asked.shared.node(asked.link.to);
+    let (ways, no_rdma) = reach::reaches(&boot.rdma_devices, host.map_or("", |node| node.address.as_str()));
+    let from = End { rank: asked.link.from, node: &from_node, rdma: &offer.rdma, no_rdma: &offer.no_rdma };
+    let to = End { rank: asked.link.to, node: &own_node, rdma: &ways, no_rdma: &no_rdma };
+    let rdma_nodes: Vec<&str> =
+        boot.table.nodes.iter().filter(|node| node.has_rdma).map(|node| node.name.as_str()).collect();
+    let same_host = host.is_some_and(|node| node.host_id == offer.host_id);
+    let mut plan = select::plan(&from, &to, &Place { same_host, rdma_nodes: &rdma_nodes }, &policy);
+    while let Some(step) = plan.step().cloned() {
+        let tried = match place_of(boot, &step, &policy) {
+            Ok(place) => attempt(asked, &mut channel, place, &policy)?,
+            Err(reason) => Err(reason),
         };
-        match attempt(asked, &mut channel, place, &policy)? {
+        match tried {
             Ok(link) => {
+                let rejected = rejected(&plan);
                 let settled = LinkAnswer::Settled { rejected: rejected.clone() };
                 channel.send(&codec::encode(&settled), &asked.patience)?;
                 let mut report = report::plain(asked.link, false, LinkState::Open);
-                report.transport = Some(transport);
+                report.transport = Some(step.level.into());
                 report.device = link.device().unwrap_or_default().to_owned();
+                report.gid = step.pair.map(|(_, to)| to.gid).unwrap_or_default();
                 report.rejected = rejected;
                 report.verified = policy.verify;
-                report.encrypted = transport == LinkTransport::Tcp && policy.encrypt;
+                report.encrypted = step.level == Level::Tcp && policy.encrypt;
                 let live = Live::new(report, link.probe());
                 return Ok((link, live));
             }
-            Err(reason) => rejected.push((transport, reason)),
+            Err(reason) => plan.failed(&reason),
         }
     }
-    let hint = hint(&rejected);
-    let fault = LinkFault::NoTransport { rejected, hint };
+    let fault = LinkFault::NoTransport { rejected: rejected(&plan), hint: plan.hint().to_owned() };
     channel.send(&codec::encode(&LinkAnswer::Refused(fault.to_string())), &asked.patience)?;
     Err(Failure::Link(fault))
 }
 
-/// Where the sender may open `transport`, or why not.
-fn place_of(
-    asked: &Asked<'_>,
-    transport: LinkTransport,
-    offer: &LinkOffer,
-    policy: &LinkPolicy,
-) -> Result<LinkPlace, String> {
-    let allowed = Policy {
-        only: policy.only.map(report::level),
-        allow_tcp: policy.allow_tcp == Some(true),
-        any_rdma_device: !offer.rdma_devices.is_empty(),
-    };
-    if let Some(refusal) = allowed.refusal(report::level(transport)) {
-        return Err(refusal);
-    }
-    let shared = asked.shared;
-    match transport {
-        LinkTransport::Shm => {
-            let host = shared.node(asked.link.to).map_or("", |node| node.host_id.as_str());
-            if host != offer.host_id {
-                return Err(format!(
-                    "node {} and node {} are two hosts",
-                    offer.node_name,
-                    shared.node_name(asked.link.to)
-                ));
-            }
-            let socket = shared.boot().map(|boot| boot.keeper_socket.clone()).map_err(|fault| fault.to_string())?;
-            Ok(LinkPlace::Shm { keeper_socket: socket })
-        }
-        LinkTransport::Rdma if policy.encrypt => {
-            Err("--encrypt-tensors was given, and RDMA carries tensors in clear".to_owned())
-        }
-        LinkTransport::Rdma => Err("links over RDMA are not opened yet by this build".to_owned()),
+fn rejected(plan: &Plan) -> Vec<(LinkTransport, String)> {
+    plan.rejected().into_iter().map(|known| (known.level.into(), known.reason)).collect()
+}
+
+/// Where the sender may open the step's transport.
+fn place_of(boot: &LinkBoot, step: &Step, policy: &LinkPolicy) -> Result<LinkPlace, String> {
+    match step.level {
+        Level::Shm => Ok(LinkPlace::Shm { keeper_socket: boot.keeper_socket.clone() }),
+        Level::Rdma => Err("links over RDMA are not opened yet by this build".to_owned()),
         // One stream within TLS: it is the cipher that limits it, not the flow.
-        LinkTransport::Tcp if policy.encrypt => Ok(LinkPlace::Tcp { streams: 1, encrypt: true }),
-        LinkTransport::Tcp => Ok(LinkPlace::Tcp { streams: STREAMS, encrypt: false }),
+        Level::Tcp if policy.encrypt => Ok(LinkPlace::Tcp { streams: 1, encrypt: true }),
+        Level::Tcp => Ok(LinkPlace::Tcp { streams: STREAMS, encrypt: false }),
     }
 }
 
@@ -178,14 +164,5 @@ fn accept(asked: &Asked<'_>, channel: &Channel, acceptor: &mut Acceptor) -> Resu
         } else if asked.patience.left().is_none() {
             return Err(ChannelError::Stopped.into());
         }
-    }
-}
-
-fn hint(rejected: &[(LinkTransport, String)]) -> String {
-    let tcp = rejected.iter().any(|(transport, why)| *transport == LinkTransport::Tcp && why.contains("--allow-tcp"));
-    if tcp {
-        "repair what keeps RDMA from working (`rayless doctor`), or allow TCP with --allow-tcp".to_owned()
-    } else {
-        "`rayless status` shows the transports of all links; --transport auto allows every one".to_owned()
     }
 }

@@ -80,11 +80,3 @@ pub(super) const fn transport(level: Level) -> LinkTransport {
         Level::Shm => LinkTransport::Shm,
     }
 }
-
-pub(super) const fn level(transport: LinkTransport) -> Level {
-    match transport {
-        LinkTransport::Tcp => Level::Tcp,
-        LinkTransport::Rdma => Level::Rdma,
-        LinkTransport::Shm => Level::Shm,
-    }
-}

@@ -1,7 +1,7 @@
 //! The sending end of a link: calls its receiver until that is there, then tries the transports that it names.
 
 use super::{
-    Asked, LinkFault, PROOF,
+    Asked, LinkFault, PROOF, reach,
     report::{self, Live},
     ticket,
 };
@@ -91,6 +91,8 @@ impl Caller<'_> {
     fn offer(&self) -> Result<LinkOffer, LinkFault> {
         let (asked, link) = (self.asked, self.asked.link);
         let boot = asked.shared.boot()?;
+        let address = asked.shared.node(link.from).map_or("", |node| node.address.as_str());
+        let (rdma, no_rdma) = reach::reaches(&boot.rdma_devices, address);
         Ok(LinkOffer {
             group: link.group,
             from: link.from,
@@ -100,8 +102,8 @@ impl Caller<'_> {
             node_name: asked.shared.node_name(link.from),
             host_id: asked.shared.node(link.from).map(|node| node.host_id.clone()).unwrap_or_default(),
             policy: boot.policy.clone(),
-            rdma_devices: Vec::new(),
-            no_rdma: String::new(),
+            rdma,
+            no_rdma,
             max_message: asked.config(false).max_message,
         })
     }

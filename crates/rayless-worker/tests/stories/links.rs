@@ -136,7 +136,7 @@ fn verified() {
     assert_eq!(texts(&all(&group, "link 0 1 0 8").unwrap()), ["sent by tcp", "received by tcp"]);
     let report = world.report(1, |report| report.state == LinkState::Open);
     assert!(report.verified && report.transport == Some(LinkTransport::Tcp), "{report:?}");
-    assert_eq!(report.rejected[0], (LinkTransport::Shm, "--transport tcp was given".into()));
+    assert_eq!(report.rejected[0], (LinkTransport::Shm, "only tcp is allowed (--transport, RAYLESS_TRANSPORT)".into()));
 }
 
 fn contradiction() {
@@ -167,8 +167,9 @@ fn no_transport() {
     let mut world = World::of(&Shape { wishes, ..Shape::new(1, 1) });
     let group = world.start();
     for told in texts(&all(&group, "link 0 1 0 1").unwrap()) {
-        let reasons = "no transport: shm: node a and node b are two hosts; rdma: --transport shm was given; \
-                       tcp: --transport shm was given\nhint: ";
+        let reasons = "no transport: shm: rank 0 is on node a and rank 1 on node b, which are two hosts; \
+                       rdma: only shm is allowed (--transport, RAYLESS_TRANSPORT); \
+                       tcp: only shm is allowed (--transport, RAYLESS_TRANSPORT)\nhint: ";
         assert!(told.contains(reasons), "{told}");
     }
     for index in [0, 1] {
@@ -239,7 +240,7 @@ fn offer(group: GroupId, to: u32) -> Vec<u8> {
         node_name: "a".into(),
         host_id: "a".into(),
         policy: LinkPolicy::default(),
-        rdma_devices: Vec::new(),
+        rdma: Vec::new(),
         no_rdma: String::new(),
         max_message: 1,
     }))

@@ -10,7 +10,7 @@ use rayless_proto::{
     v1::{
         control::{NodeEnv, PlacedNode, Placement, RankAllocation},
         keeper::{FromKeeper, KeeperConfig},
-        link::{LinkPolicy, LinkReport},
+        link::{LinkPolicy, LinkReport, LinkSettings},
         local::LeafBundle,
         step::Launch,
     },
@@ -119,8 +119,7 @@ impl World {
                 leaf: identity.issue_delegate().unwrap(),
                 dead_after_ms: shape.dead_after.as_millis() as u64,
                 driver_wait_ms: shape.driver_wait.as_millis() as u64,
-                link_policy: wishes.clone(),
-                rdma_ports: (0, 0),
+                links: LinkSettings { policy: wishes.clone(), ..LinkSettings::default() },
             };
             let handle = runtime.block_on(keeper::spawn(&std::env::current_exe().unwrap(), &config)).unwrap();
             if name == "a" {
@@ -144,6 +143,8 @@ impl World {
                 host_id: if shape.one_host { "ab".into() } else { name.into() },
                 node_env: Vec::new(),
                 versions: Vec::new(),
+                link_policy: LinkPolicy::default(),
+                has_rdma: false,
             });
             handles.push(handle);
             configs.push(config);

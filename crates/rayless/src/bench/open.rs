@@ -280,19 +280,15 @@ fn rdma_address(control: &Control, given: Option<IpAddr>) -> Result<IpAddr, Fail
     if let Some(address) = given {
         return Ok(address);
     }
-    let devices = rayless_verbs::devices().map_err(failed)?;
     let addresses = interfaces::list().map_err(failed)?;
+    let addresses: Vec<_> = addresses.into_iter().map(|there| (there.name, there.address)).collect();
+    let found = rayless_verbs::preflight(&[], &addresses);
     let own = control.addresses().map(|(_, own)| own.ip());
-    let ports = devices.iter().flat_map(|device| &device.ports).filter(|port| port.state == "ACTIVE");
-    let interfaces: Vec<&str> = ports.flat_map(|port| port.gids.iter().map(|gid| gid.interface.as_str())).collect();
-    let mut usable = addresses.iter().filter(|there| interfaces.contains(&there.name.as_str()) && there.is_up);
-    let first = usable.clone().find(|there| there.address.is_ipv4()).or_else(|| usable.clone().next());
-    usable.find(|there| Some(there.address) == own).or(first).map(|there| there.address).ok_or_else(|| {
-        let findings = rayless_verbs::preflight();
-        let cause = findings.first().map_or_else(
-            || "rdma: no interface with an address belongs to an RDMA device".to_owned(),
-            |finding| format!("rdma: {finding}"),
-        );
+    let mut usable = found.reaches.iter().map(|way| way.address);
+    let first = usable.clone().next();
+    usable.find(|address| Some(*address) == own).or(first).ok_or_else(|| {
+        let cause = found.obstacle().unwrap_or_else(|| "no way out over any RDMA device".to_owned());
+        let cause = format!("rdma: {cause}");
         Failure::failed(format!("{cause}\nhint: name the address of the device with `--rdma-address`"))
     })
 }
