@@ -91,6 +91,8 @@ fn stands_by(status: &Value, name: &str) -> bool {
 
 /// Heads `a` (active) and `b`, a node `c` that was told of both.
 struct Three {
+    /// Its token is read by whoever starts later.
+    cluster: Cluster,
     etcd: Etcd,
     /// Address of the first head.
     first: String,
@@ -117,7 +119,7 @@ fn three(etcd: Etcd, more: &[&str]) -> Three {
     let mut node_c = c.start(&["join", &both, "--name", "c", "--cpus", "2"]);
     node_c.says("has joined");
     c.await_nodes(&[("a", "alive"), ("b", "alive"), ("c", "alive")]);
-    Three { etcd, first, a, b, c, head_a, head_b, node_c }
+    Three { cluster, etcd, first, a, b, c, head_a, head_b, node_c }
 }
 
 /// A group with a rank on each of two nodes; `a` has none where it is full.
@@ -192,7 +194,7 @@ fn a_head_that_was_stopped_for_a_while_finds_itself_replaced_and_does_nothing() 
 fn without_the_store_nobody_decides_and_what_runs_goes_on() {
     let mut t = three(Etcd::start(), &[]);
     let group = spread(&t.c, 2);
-    let late = Host::with_token(&t.a.token);
+    let late = Host::new(&t.cluster);
     without_a_failed_call(&group, || {
         t.etcd.crash();
         t.head_a.says("no longer the head (term 1): its lease in the store could not be renewed");
@@ -277,28 +279,30 @@ fn the_store_is_entered_with_a_certificate() {
     authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     let ca = file("ca.pem", "CERTIFICATE", authority.self_signed(&authority_key).unwrap().der());
     let issuer = Issuer::new(authority, authority_key);
-    let issue = |name: &str, purpose| {
+    let issue = |name: &str, purposes: &[ExtendedKeyUsagePurpose]| {
         let key = KeyPair::generate().unwrap();
         let mut leaf = CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap();
-        leaf.extended_key_usages = vec![purpose];
+        leaf.extended_key_usages = purposes.to_vec();
         let cert = leaf.signed_by(&key, &issuer).unwrap();
         let cert = file(&format!("{name}.pem"), "CERTIFICATE", cert.der());
         [cert, file(&format!("{name}.key"), "PRIVATE KEY", &key.serialize_der())]
     };
-    let server = issue("server", ExtendedKeyUsagePurpose::ServerAuth);
-    let client = issue("client", ExtendedKeyUsagePurpose::ClientAuth);
+    // etcd's gateway shows the server's certificate to etcd itself.
+    let server = issue("server", &[ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth]);
+    let client = issue("client", &[ExtendedKeyUsagePurpose::ClientAuth]);
     let etcd = Etcd::start_with(
         &["--cert-file", &server[0], "--key-file", &server[1], "--client-cert-auth", "--trusted-ca-file", &ca],
         "https",
     );
-    let host = Host::new(&Cluster::new());
+    let cluster = Cluster::new();
+    let host = Host::new(&cluster);
     let store = etcd.address();
     let args = ["head", "--store", &store, "--name", "a", "--store-ca", &ca];
     let mut stranger = host.start(&args);
     stranger.says("does not answer");
     stranger.crash();
     let mut head = host.start(&[&args[..], &["--store-cert", &client[0], "--store-key", &client[1]]].concat());
-    head.join_address();
+    head.says("is ready at");
     host.await_status("the head", |status| is_head(status, "a", 1));
 }
 
@@ -310,14 +314,15 @@ fn the_store_is_entered_with_a_password() {
     etcd.operate("auth/enable", "{}");
     let dir = tempfile::tempdir().unwrap();
     let password = closed_file(&dir.path().join("password"), "secret\n");
-    let host = Host::new(&Cluster::new());
+    let cluster = Cluster::new();
+    let host = Host::new(&cluster);
     let store = etcd.address();
     let args = ["head", "--store", &store, "--name", "a"];
     let mut stranger = host.start(&args);
     stranger.says("does not answer: access is denied");
     stranger.crash();
     let mut head = host.start(&[&args[..], &["--store-user", "root", "--store-password-file", &password]].concat());
-    head.join_address();
+    head.says("is ready at");
     let status = host.await_status("the head", |status| is_head(status, "a", 1));
     assert!(!status.to_string().contains("secret"));
 }

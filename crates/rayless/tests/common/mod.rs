@@ -32,11 +32,6 @@ impl Host {
         Self { dir: tempfile::tempdir().unwrap(), token: cluster.token.clone() }
     }
 
-    /// A fresh one with the token in a file.
-    pub fn with_token(token: &Path) -> Self {
-        Self { dir: tempfile::tempdir().unwrap(), token: token.to_owned() }
-    }
-
     pub fn run_dir(&self) -> PathBuf {
         self.dir.path().join("run")
     }
