@@ -1,4 +1,5 @@
 //! A node's side of membership, by hand.
+#![allow(clippy::unwrap_used, reason = "a test ends with the first thing that is not as it should be")]
 
 use rayless_control::{
     Member, SessionId,

@@ -40,6 +40,7 @@ pub(crate) enum Action {
     Stop(StopWhat),
     Token(TokenAction),
     Logs(LogOptions),
+    Report { output: Option<PathBuf> },
     BenchLink(Box<crate::bench::LinkOptions>),
     Keeper,
 }
@@ -59,6 +60,8 @@ pub(crate) struct NodeOptions {
     pub(crate) background: bool,
     /// Started by `--daemon`: token on stdin, readiness on stdout.
     pub(crate) child: bool,
+    /// Started again by itself, without RAYLESS_TOKEN in its environment: that is on stdin.
+    pub(crate) token_on_stdin: bool,
 }
 
 /// Where heads take turns.
@@ -127,6 +130,7 @@ pub(crate) fn parse() -> Result<Asked, Failure> {
             Some(("rotate", found)) => TokenAction::Rotate { overlap: found.get_one::<Duration>("overlap").copied() },
             _ => TokenAction::New,
         }),
+        Some(("report", found)) => Action::Report { output: found.get_one::<PathBuf>("output").cloned() },
         Some(("logs", found)) => Action::Logs(LogOptions {
             group: text(found, "group"),
             rank: found.get_one::<Rank>("rank").copied(),
@@ -194,6 +198,7 @@ fn node_options(found: &ArgMatches) -> NodeOptions {
         links: link_wishes(found),
         background: found.get_flag("daemon"),
         child: found.get_flag("daemon-child"),
+        token_on_stdin: found.get_flag("token-on-stdin"),
     }
 }
 
@@ -297,6 +302,18 @@ fn command() -> Command {
                 ),
         )
         .subcommand(
+            Command::new("report")
+                .about("Pack status, events, logs, versions, links, stacks and what this host is like into one file to send to someone")
+                .arg(
+                    Arg::new("output")
+                        .long("output")
+                        .short('o')
+                        .value_name("FILE")
+                        .value_parser(value_parser!(PathBuf))
+                        .help("Where to [default: rayless-report-HOST-TIME.tar.gz in this directory]"),
+                ),
+        )
+        .subcommand(
             Command::new("logs")
                 .about("Show what the workers on this host printed")
                 .arg(
@@ -345,6 +362,7 @@ fn node_command(name: &'static str, about: &'static str) -> Command {
                 .help("Return once the node is ready (for `join`: taken by the head); it goes on in the background"),
         )
         .arg(Arg::new("daemon-child").long("daemon-child").action(ArgAction::SetTrue).hide(true))
+        .arg(Arg::new("token-on-stdin").long("token-on-stdin").action(ArgAction::SetTrue).hide(true))
 }
 
 /// An argument from its knob.

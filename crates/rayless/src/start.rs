@@ -45,11 +45,20 @@ pub(crate) fn run(run: &RunDir, what: As, options: NodeOptions) -> Result<(), Fa
         let path = run.path().to_owned();
         return Err(Failure::failed(rayless_node::run_dir::RunDirError::Busy { path, pid }));
     }
+    let given = if options.token_on_stdin {
+        Some(background::token_on_stdin()?)
+    } else {
+        let given = Token::from_env().map_err(token::failure)?;
+        match &given {
+            Some(token) if !options.background => return Err(background::start_without_variable(token)),
+            _ => given,
+        }
+    };
     let is_head = matches!(what, As::Head(_));
     let found = if is_head {
-        token::find_or_make(run, options.token_file.as_deref())?
+        token::find_or_make(run, options.token_file.as_deref(), given)?
     } else {
-        token::required(run, options.token_file.as_deref())?
+        token::required_or(run, options.token_file.as_deref(), given)?
     };
     let file = found.file;
     let on_ready = |ready: &Ready| {
