@@ -230,3 +230,20 @@ def test_the_stricter_of_node_and_driver_wins_and_a_contradiction_names_both() -
         with Driver(nodes, RAYLESS_TRANSPORT="shm") as driver, pytest.raises(RuntimeError) as told:
             driver.do("start", n=2, strategy="STRICT_SPREAD")
         assert "node host0 wants --transport tcp, the driver wants --transport shm" in str(told.value)
+
+
+def test_hosts_that_are_named_as_one_share_memory() -> None:
+    flags = {"a": ["--host-id", "rack-7"], "b": ["--host-id", "rack-7"]}
+    with cluster_of(**flags) as nodes, Driver(nodes).two_hosts() as driver:
+        assert driver.call("open", 0, 1) == ["open", "open"]
+        assert driver.call("move", 0, 0, 1 << 20) == [True, True]
+        until(lambda: [link["transport"] for link in nodes.links()] == ["shm"], 20, "the head shows the link")
+
+
+@needs_no_rdma
+def test_a_node_that_may_use_rdma_only_says_at_its_start_that_it_cannot() -> None:
+    with hosts(1) as (host,), Nodes([host], {0: ["--transport", "rdma"]}) as nodes:
+        started = host.run([*nodes.head_command(0), "--daemon"], env=nodes.environment(0))
+        assert f"--transport rdma: no link of this node will come up: {NO_DEVICE}\n" in started.stderr
+        (node,) = nodes.status()["nodes"]
+        assert node["rdma"] == {"devices": [], "findings": [{"what": NO_DEVICE, "fatal": True}]}
