@@ -34,7 +34,9 @@ def ends(stage: Stage) -> tuple[int, int]:
 def shown(stage: Stage, sender: int, receiver: int) -> list[dict[str, Any]]:
     """The link as `status` shows it."""
     links = stage.cluster.status(0)["links"]
-    return [link for link in links if (link["group"], link["from"], link["to"]) == (stage.group["group"], sender, receiver)]
+    return [
+        link for link in links if (link["group"], link["from"], link["to"]) == (stage.group["group"], sender, receiver)
+    ]
 
 
 def test_tensors_cross_by_tcp_and_status_says_why(stage: Stage) -> None:
