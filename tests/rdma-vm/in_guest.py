@@ -129,7 +129,7 @@ def links_go_over_rdma(base: Path, kind: str) -> None:
         assert call(do, "open", 1, 0, 4, 60) == ["open", "open"]
         for size in (1, 28 << 10, 1 << 20):
             assert call(do, "move", 0, 3, size) == [True, True]
-        links = until(lambda: len(all := of.status()["links"]) == 2 and all, "both links are shown")
+        links = until(lambda: len(shown := of.status()["links"]) == 2 and shown, "both links are shown")
         for link, own, peer in zip(links, (0, 1), (1, 0), strict=True):
             assert (link["transport"], link["state"], link["verified"]) == ("rdma", "open", True), link
             assert (link["device"], link["peer_device"]) == (f"{kind}{own}", f"{kind}{peer}"), link
