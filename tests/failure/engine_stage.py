@@ -6,10 +6,12 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Mapping
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +139,7 @@ class EngineStage(Ground):
     """Host a has the head and `vllm serve`; stage 0 of the model is on a, stage 1 on b."""
 
     def __init__(self) -> None:
+        self._before = leftovers.shared_memory()
         super().__init__(daemon_environment=clock_environment)
         self.model = tiny_models.ensure("llama")
         self.marks = self.cluster.base / "marks"
@@ -240,9 +243,30 @@ class EngineStage(Ground):
 
     # --- the machines ---
 
-    def set_clock(self, shift: str) -> None:
-        """The wall clock of both daemons, away from the true one by this (`+1h`, `-1h`, `+0`)."""
-        (self.cluster.base / "clock").write_text(shift + "\n")
+    def set_clock(self, hours: int) -> None:
+        """Sets the wall clock of both daemons so many hours away from the true one, and sees that the head's log has the new time: a stranger,
+        who is turned away, makes it write."""
+        (self.cluster.base / "clock").write_text(f"{hours:+}h\n")
+        stranger = self.cluster.base / "stranger"
+        with stranger.open("w") as token:
+            stranger.chmod(0o600)
+            subprocess.run([self.cluster.rayless, "token", "new"], stdout=token, check=True)
+        command = self.cluster.join_command(1)
+        command[command.index("--token-file") + 1] = str(stranger)
+        command[command.index("--run-dir") + 1] = str(self.cluster.base / "stranger-run")
+        log = self.cluster.run_dir(0) / "daemon.log"
+        known = len(log.read_text().splitlines())
+
+        def told() -> bool:  # of several strangers in a second, one is logged
+            refused = self.b.run([*command, "--port", "0"], env=self.cluster.environment(1), check=False)
+            if refused.returncode != 4:
+                raise Hang(f"a stranger got {refused.returncode}: {refused.stderr}")
+            lines = [line for line in log.read_text().splitlines()[known:] if "turned away" in line]
+            times = [datetime.fromisoformat(line.split()[0].replace("Z", "+00:00")) for line in lines]
+            now = datetime.now(timezone.utc)
+            return any(abs((time - now).total_seconds() / 3600 - hours) < 0.1 for time in times)
+
+        self.until(told, f"the head's clock is {hours} h away", 10)
 
     # --- what is observed ---
 
@@ -257,13 +281,18 @@ class EngineStage(Ground):
         """What of an ended engine is still there: processes, names in /dev/shm, sockets, things that are held."""
         daemons = {self.cluster.daemon_pid(0), self.cluster.daemon_pid(1)}
         left = [f"process {pid}" for host in (self.a, self.b) for pid in host.pids() if pid not in daemons]
-        left += sorted(leftovers.unused_shared_memory(self._shared_memory))
+        left += sorted(leftovers.unused_shared_memory(self._shared_memory) - self._of_clocks())
         for index in (0, 1):
             left += [f"{path.name} of host {index}" for path in (self.cluster.run_dir(index) / "keepers").glob("*")]
         for node in self.cluster.status()["nodes"]:
             if node["available"] != node["resources"]:
                 left.append(f"resources of {node['name']}")
         return left
+
+    def _of_clocks(self) -> set[str]:
+        """Names in /dev/shm that libfaketime made in daemons and keepers that are no longer; a killed one cannot remove its own."""
+        unused = leftovers.unused_shared_memory(self._before)
+        return {name for name in unused if name.startswith(("faketime_shm_", "sem.faketime_sem_"))}
 
     def engine_line(self) -> str:
         """What the executor said in the server's log when its group failed."""
@@ -275,3 +304,4 @@ class EngineStage(Ground):
     def close(self) -> None:
         self.end_engine()
         self.close_ground()
+        leftovers.remove(self._of_clocks())
