@@ -31,6 +31,15 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     ];
     write("keeper", &keeper.concat())?;
 
+    let link = [
+        all(&samples::link_openings(), encode),
+        all(&samples::link_answers(), encode),
+        all(&samples::link_outcomes(), encode),
+        all(&samples::link_boots(), encode),
+        all(&[samples::link_report()], encode),
+    ];
+    write("link", &link.concat())?;
+
     // Targets that take (number, bytes) read the number from the end of the input.
     let framed: Vec<Vec<u8>> =
         hellos.iter().map(|h| [&(h.len() as u32).to_le_bytes(), &h[..], &h[..], &[7]].concat()).collect();
