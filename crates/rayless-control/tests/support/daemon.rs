@@ -16,7 +16,7 @@ use rayless_proto::{
 };
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 pub struct HeadSide {
@@ -183,7 +183,9 @@ impl World {
     pub fn head_in(&mut self, host: usize, input: head::Input) {
         let now = self.instant();
         let Some(side) = self.hosts[host].daemon.as_mut().and_then(|d| d.head.as_mut()) else { return };
+        let begun = Instant::now();
         side.head.handle(now, input);
+        self.head_time += begun.elapsed();
         self.touched = true;
         self.pump_head(host);
     }
@@ -192,7 +194,10 @@ impl World {
         loop {
             let now = self.instant();
             let Some(side) = self.hosts[host].daemon.as_mut().and_then(|d| d.head.as_mut()) else { return };
-            let Some(effect) = side.head.poll_effect() else { break };
+            let begun = Instant::now();
+            let effect = side.head.poll_effect();
+            self.head_time += begun.elapsed();
+            let Some(effect) = effect else { break };
             match effect {
                 head::Effect::Send { session, message, .. } => {
                     if let Some(conn) = self.conn_of_head(session) {
