@@ -53,7 +53,7 @@ def text(record: dict[str, Any]) -> str:
     )
     for cell in cells:
         said = [
-            f"{who} {' / '.join(f'`{line}`' for line in _lines(cell[name]))}"
+            f"{who} {' / '.join(f'`{line}`' for line in (cell[name] if name == 'health' else _lines(cell[name])))}"
             for who, name in (("client", "errors"), ("health", "health"), ("status", "causes"), ("log", "lines"))
             if cell[name]
         ]

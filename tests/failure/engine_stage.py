@@ -6,10 +6,12 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Mapping
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -240,9 +242,30 @@ class EngineStage(Ground):
 
     # --- the machines ---
 
-    def set_clock(self, shift: str) -> None:
-        """The wall clock of both daemons, away from the true one by this (`+1h`, `-1h`, `+0`)."""
-        (self.cluster.base / "clock").write_text(shift + "\n")
+    def set_clock(self, hours: int) -> None:
+        """Sets the wall clock of both daemons so many hours away from the true one, and sees that the head's log has the new time: a stranger,
+        who is turned away, makes it write."""
+        (self.cluster.base / "clock").write_text(f"{hours:+}h\n")
+        stranger = self.cluster.base / "stranger"
+        with stranger.open("w") as token:
+            stranger.chmod(0o600)
+            subprocess.run([self.cluster.rayless, "token", "new"], stdout=token, check=True)
+        command = self.cluster.join_command(1)
+        command[command.index("--token-file") + 1] = str(stranger)
+        command[command.index("--run-dir") + 1] = str(self.cluster.base / "stranger-run")
+        log = self.cluster.run_dir(0) / "daemon.log"
+        known = len(log.read_text().splitlines())
+
+        def told() -> bool:  # of several strangers in a second, one is logged
+            refused = self.b.run([*command, "--port", "0"], env=self.cluster.environment(1), check=False)
+            if refused.returncode != 4:
+                raise Hang(f"a stranger got {refused.returncode}: {refused.stderr}")
+            lines = [line for line in log.read_text().splitlines()[known:] if "turned away" in line]
+            times = [datetime.fromisoformat(line.split()[0].replace("Z", "+00:00")) for line in lines]
+            now = datetime.now(timezone.utc)
+            return any(abs((time - now).total_seconds() / 3600 - hours) < 0.1 for time in times)
+
+        self.until(told, f"the head's clock is {hours} h away", 10)
 
     # --- what is observed ---
 

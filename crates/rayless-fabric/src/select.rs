@@ -186,7 +186,7 @@ fn hint(from: &End<'_>, to: &End<'_>, place: &Place<'_>, policy: &LinkPolicy) ->
         None if no_tcp(place, policy).is_some() => {
             "repair what keeps RDMA from working (`rayless status` shows each node's devices), or allow TCP with `--allow-tcp`"
         }
-        None => "`rayless status` shows the transports of all links; is a firewall between the nodes?",
+        None => "check that the nodes reach each other on the port that `rayless status` shows for each (a firewall?)",
     }
 }
 

@@ -103,4 +103,12 @@ mod tests {
             }
         }
     }
+
+    #[test]
+    fn a_driver_reads_the_variables_of_the_same_names() {
+        for knob in [TRANSPORT, ALLOW_TCP, ENCRYPT_TENSORS, VERIFY_LINKS] {
+            let told = rayless_worker::links::wishes_of(&[(knob.env.to_owned(), "neither".to_owned())]).unwrap_err();
+            assert!(told.to_string().starts_with(knob.env), "{told}");
+        }
+    }
 }

@@ -124,3 +124,16 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn the_example_of_a_status_is_what_is_shown() {
+    let shown = format!("{:#}\n", samples::report().to_json());
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/json/status.json");
+    if std::env::var_os("WRITE_DOCUMENTS").is_some() {
+        std::fs::write(&path, &shown).unwrap();
+    }
+    assert!(
+        std::fs::read_to_string(&path).unwrap_or_default() == shown,
+        "docs/json/status.json is out of date: run this test with WRITE_DOCUMENTS=1"
+    );
+}

@@ -134,6 +134,8 @@ impl Head {
                         node.rtt_us = rtt_us;
                     }
                 }
+                // It decides nothing, and comes once per node and half second: what follows looks at every node.
+                return;
             }
             Input::HandshakeRefused { from, cause } => {
                 self.refused_handshakes += 1;

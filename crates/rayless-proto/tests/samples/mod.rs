@@ -248,7 +248,7 @@ pub fn link_openings() -> Vec<LinkOpening> {
 pub fn link_answers() -> Vec<LinkAnswer> {
     let places = [
         LinkPlace::Shm { keeper_socket: "/run/rayless/keepers/0303030303030303.sock".into() },
-        LinkPlace::Rdma { address: "10.0.0.2:6400".into() },
+        LinkPlace::Rdma { address: "10.0.0.2:6400".into(), from: Box::new(rdma_reach()), to: Box::new(rdma_reach()) },
         LinkPlace::Tcp { streams: 4, encrypt: true },
     ];
     let tries = places.map(|place| LinkAnswer::Try(LinkTry { ticket: [7; 32], verify: true, place }));
