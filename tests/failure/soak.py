@@ -242,7 +242,12 @@ def page(record: dict[str, Any]) -> str:
     words = Counter[str]()
     for turn in turns:
         words.update(turn["failed"])
-    lines += ["", "What the clients were told:", "", *(f"- {count} × `{text}`" for text, count in words.most_common())]
+    lines += [
+        "",
+        "What the clients were told:",
+        "",
+        *(f"- {count} times `{text}`" for text, count in words.most_common()),
+    ]
     lines += [
         "",
         "| process (pid) | seen for | memory, first / last / most, KB | descriptors | threads |",

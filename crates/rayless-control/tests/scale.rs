@@ -166,7 +166,8 @@ fn what_a_node_costs_does_not_grow_with_the_cluster() {
 #[test]
 #[ignore = "minutes: `tests/run scale`"]
 fn curve() {
-    let mut page = String::from(PAGE);
+    let note = std::env::var("RAYLESS_SCALE_NOTE").unwrap_or_default();
+    let mut page = PAGE.replace("{note}", &note);
     for nodes in [10, 30, 100, 300, 1000] {
         let r = run(nodes);
         let (join, launch, stop) = (per(r.join, nodes), per(r.launch, r.groups), per(r.stop, r.groups));
@@ -202,7 +203,7 @@ fn curve() {
 
 const PAGE: &str = "# Scale
 
-Made by `tests/run scale`; do not edit. The control plane (the real head, members and failure detectors, in one thread and virtual time) with 10 to 1,000 nodes of 8 GPUs: all join at once, then rest for 10 s; a group of 16 ranks
+Made by `tests/run scale` ({note}); do not edit. The control plane (the real head, members and failure detectors, in one thread and virtual time) with 10 to 1,000 nodes of 8 GPUs: all join at once, then rest for 10 s; a group of 16 ranks
 for every five nodes, 50 launches a second, from random nodes, then work for 10 s; one node in twenty loses power and comes back 4 s later, one every 5 s, and what it took down is launched again; all groups are stopped.
 
 Messages are those on control sessions, both ways, and come out the same in every run. Processor time is the head's state machine and nothing else: no QUIC, no encryption, no system call (a node at rest costs a real daemon about 0.05 % of a core). Per node where not said
