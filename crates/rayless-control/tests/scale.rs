@@ -136,7 +136,7 @@ fn run(nodes: usize) -> Run {
     });
     assert_eq!(w.broken, None);
     w.all_free().unwrap_or_else(|left| panic!("{nodes} nodes: {left}"));
-    w.head().expect("a head").audit().unwrap_or_else(|wrong| panic!("{nodes} nodes: {wrong}"));
+    assert_eq!(w.head().map(|head| head.audit()), Some(Ok(())), "{nodes} nodes");
     Run { nodes, groups, join, rest, launch: launched, work, lost, hit, loss, stop }
 }
 
