@@ -139,6 +139,8 @@ impl Head {
                         node.rtt_us = rtt_us;
                     }
                 }
+                // It decides nothing, and comes once per node and half second: what follows looks at every node.
+                return;
             }
             Input::Heads(heads) => self.on_heads(heads),
             Input::HandshakeRefused { from, cause } => {

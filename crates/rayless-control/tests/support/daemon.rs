@@ -16,7 +16,7 @@ use rayless_proto::{
 };
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 pub struct HeadSide {
@@ -207,7 +207,9 @@ impl World {
         }
         let now = self.instant();
         let Some(side) = self.hosts[host].daemon.as_mut().and_then(|d| d.head.as_mut()) else { return };
+        let begun = Instant::now();
         side.head.handle(now, input);
+        self.head_time += begun.elapsed();
         self.touched = true;
         self.pump_head(host);
     }
@@ -220,7 +222,10 @@ impl World {
             }
             let Some(side) = self.hosts[host].daemon.as_mut().and_then(|d| d.head.as_mut()) else { return };
             let by = side.head.by();
-            let Some(effect) = side.head.poll_effect() else { break };
+            let begun = Instant::now();
+            let effect = side.head.poll_effect();
+            self.head_time += begun.elapsed();
+            let Some(effect) = effect else { break };
             match effect {
                 head::Effect::Send { session, message, .. } => {
                     if let Some(conn) = self.conn_of_head(session) {

@@ -374,6 +374,7 @@ impl World {
 
     fn send_datagram(&mut self, from: usize, to: usize, beat: Beat) {
         self.messages += 1;
+        self.datagrams += 1;
         if !self.passes(from, to, true) || self.lost(from, to) {
             return;
         }
