@@ -139,6 +139,7 @@ class EngineStage(Ground):
     """Host a has the head and `vllm serve`; stage 0 of the model is on a, stage 1 on b."""
 
     def __init__(self) -> None:
+        self._before = leftovers.shared_memory()
         super().__init__(daemon_environment=clock_environment)
         self.model = tiny_models.ensure("llama")
         self.marks = self.cluster.base / "marks"
@@ -280,13 +281,18 @@ class EngineStage(Ground):
         """What of an ended engine is still there: processes, names in /dev/shm, sockets, things that are held."""
         daemons = {self.cluster.daemon_pid(0), self.cluster.daemon_pid(1)}
         left = [f"process {pid}" for host in (self.a, self.b) for pid in host.pids() if pid not in daemons]
-        left += sorted(leftovers.unused_shared_memory(self._shared_memory))
+        left += sorted(leftovers.unused_shared_memory(self._shared_memory) - self._of_clocks())
         for index in (0, 1):
             left += [f"{path.name} of host {index}" for path in (self.cluster.run_dir(index) / "keepers").glob("*")]
         for node in self.cluster.status()["nodes"]:
             if node["available"] != node["resources"]:
                 left.append(f"resources of {node['name']}")
         return left
+
+    def _of_clocks(self) -> set[str]:
+        """Names in /dev/shm that libfaketime made in daemons and keepers that are no longer; a killed one cannot remove its own."""
+        unused = leftovers.unused_shared_memory(self._before)
+        return {name for name in unused if name.startswith(("faketime_shm_", "sem.faketime_sem_"))}
 
     def engine_line(self) -> str:
         """What the executor said in the server's log when its group failed."""
@@ -298,3 +304,4 @@ class EngineStage(Ground):
     def close(self) -> None:
         self.end_engine()
         self.close_ground()
+        leftovers.remove(self._of_clocks())

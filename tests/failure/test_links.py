@@ -54,7 +54,9 @@ def test_tensors_cross_by_tcp_and_status_says_why(stage: Stage) -> None:
 
 
 def test_ranks_of_one_host_share_memory(stage: Stage) -> None:
-    ranks = sorted(rank["rank"] for rank in stage.group["ranks"] if rank["node"] == "hostb")
+    first = stage.worker_rank("b")
+    node = next(rank["node"] for rank in stage.group["ranks"] if rank["rank"] == first)
+    ranks = sorted(rank["rank"] for rank in stage.group["ranks"] if rank["node"] == node)
     stage.driver.do("call", method="cross", args=[ranks[0], ranks[1], 3 << 20, 4])
     called = stage.driver.wait("called")
     assert called["ok"], called

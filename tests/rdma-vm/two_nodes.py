@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,22 @@ KINDS = {
 }
 
 
+class Around(Nodes):
+    """The second daemon is started by a command around its own."""
+
+    around: Sequence[str] = ()
+
+    def join_command(self, index: int, head: int = 0) -> list[str]:
+        return [*self.around, *super().join_command(index, head)]
+
+
 @contextmanager
-def nodes(addresses: tuple[str, str], *flags: list[str]) -> Iterator[Nodes]:
+def nodes(addresses: tuple[str, str], *flags: list[str], around: Sequence[str] = ()) -> Iterator[Nodes]:
     """Two daemons with these flags."""
     pair = [Host(None, address, "") for address in addresses]
     own = {index: ["--host-id", f"guest-{index}", *flags[index]] for index in range(2)}
-    with Nodes(pair, own) as made:
+    with Around(pair, own) as made:
+        made.around = around
         made._dead_after = 60  # The emulated clock may stand still for seconds.
         made.head(0)
         made.join(1)
@@ -92,6 +102,39 @@ def devices_that_cannot_talk_are_named_and_tcp_takes_a_flag() -> None:
     print("rxe with siw: refused, or TCP where that is allowed", flush=True)
 
 
+def a_memlock_limit_that_is_too_small_is_named() -> None:
+    # Root has CAP_IPC_LOCK, which lifts the limit, so it is taken away, too.
+    small = (
+        "bash",
+        "-c",
+        'ulimit -l 64; exec "$@"',
+        "-",
+        "setpriv",
+        "--bounding-set",
+        "-ipc_lock",
+        "--inh-caps",
+        "-ipc_lock",
+    )
+    addresses = KINDS["siw"][0]
+    with nodes(addresses, [], ["--transport", "rdma"], around=small) as made:
+        (finding,) = made.status()["nodes"][1]["rdma"]["findings"]
+        what = "the memlock limit is 64 KiB and CAP_IPC_LOCK is missing; RDMA needs it unlimited"
+        assert finding["fatal"] and finding["what"].startswith(what), finding
+        with Driver(made, RAYLESS_WAIT="120").two_hosts() as driver:
+            for said in driver.call("open", 0, 1, 0, 60):
+                assert f"rdma: node host1: {what}" in said and "tcp: only rdma is allowed" in said, said
+    print("a small memlock limit: named, and no link over anything else", flush=True)
+
+
+def device_files_that_are_not_there_are_named() -> None:
+    hidden = ("unshare", "-m", "sh", "-c", 'mount -t tmpfs none /dev/infiniband && exec "$@"', "-")
+    with nodes(KINDS["siw"][0], [], [], around=hidden) as made:
+        there, missing = (node["rdma"]["findings"] for node in made.status()["nodes"])
+        files = [finding["what"].split(" cannot be opened: ")[0] for finding in missing]
+        assert (there, files) == ([], ["/dev/infiniband/uverbs0", "/dev/infiniband/rdma_cm"]), missing
+    print("hidden device files: named", flush=True)
+
+
 def an_unknown_device_is_named_with_those_that_there_are() -> None:
     from serving import rayless_command
 
@@ -106,6 +149,9 @@ def main() -> None:
         a_group_is_linked_over_the_devices_of_a_kind(kind)
     if set(sys.argv[1:]) == set(KINDS):
         devices_that_cannot_talk_are_named_and_tcp_takes_a_flag()
+    if "siw" in sys.argv[1:]:
+        a_memlock_limit_that_is_too_small_is_named()
+        device_files_that_are_not_there_are_named()
 
 
 if __name__ == "__main__":

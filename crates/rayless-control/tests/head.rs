@@ -6,7 +6,7 @@ use rayless_control::{
     liveness::Transition,
 };
 use rayless_proto::{
-    ids::{ClusterId, Incarnation, NodeId},
+    ids::{ClusterId, Incarnation, NodeId, Term},
     limits::{MAX_ENDED_GROUPS, MAX_EVENTS, MAX_GONE_NODES, MAX_WAITING},
     resources::{GPU, Quantity, Resources, Strategy},
     v1::{
@@ -56,6 +56,7 @@ fn join(info: NodeInfo) -> ToHead {
     ToHead::Join {
         info,
         head_address: String::new(),
+        seen: None,
         held: Vec::new(),
         ended: Vec::new(),
         held_placement_groups: Vec::new(),
@@ -80,6 +81,8 @@ impl Bench {
         let now = Instant::now();
         let config = HeadConfig {
             node: id(0),
+            term: Term(0),
+            heads: Vec::new(),
             cluster: ClusterId([1; 16]),
             seed: 3,
             dead_after: Duration::from_secs(3),

@@ -9,7 +9,7 @@ use rayless_proto::{
     codec::{decode, encode},
     hello::{Hello, Purpose},
     v1::{
-        control::{ToHead, ToNode},
+        control::{FromHead, ToHead},
         heartbeat::Heartbeat,
         keeper::{FromKeeper, KeeperConfig, ToKeeper},
         link::{LinkAnswer, LinkBoot, LinkOpening, LinkOutcome, LinkReport},
@@ -86,7 +86,7 @@ macro_rules! check {
 }
 
 check!(node_to_head, ToHead, samples::to_head());
-check!(head_to_node, ToNode, samples::to_node());
+check!(head_to_node, FromHead, samples::from_head());
 check!(client_to_daemon, ClientMessage, samples::client_messages());
 check!(daemon_to_client, DaemonMessage, samples::daemon_messages());
 check!(daemon_to_keeper, ToKeeper, samples::to_keeper());

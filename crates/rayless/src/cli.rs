@@ -11,6 +11,7 @@ use clap::{
 use rayless_node::{
     inventory::Wishes,
     knobs::{self, Knob},
+    store::StoreAccess,
 };
 use rayless_proto::{
     ids::Rank,
@@ -33,7 +34,7 @@ pub(crate) struct Asked {
 /// The command.
 #[derive(Debug)]
 pub(crate) enum Action {
-    Head(NodeOptions),
+    Head { store: Option<StoreOptions>, node: NodeOptions },
     Join { address: String, wait: Duration, node: NodeOptions },
     Status { json: bool, environment: bool },
     Stop(StopWhat),
@@ -61,6 +62,14 @@ pub(crate) struct NodeOptions {
     pub(crate) child: bool,
     /// Started again by itself, without RAYLESS_TOKEN in its environment: that is on stdin.
     pub(crate) token_on_stdin: bool,
+}
+
+/// Where heads take turns.
+#[derive(Debug)]
+pub(crate) struct StoreOptions {
+    pub(crate) address: String,
+    pub(crate) lease: Duration,
+    pub(crate) access: StoreAccess,
 }
 
 /// What `stop` ends.
@@ -101,7 +110,7 @@ pub(crate) fn parse() -> Result<Asked, Failure> {
     };
     let run_dir = matches.get_one::<PathBuf>(knobs::RUN_DIR.flag).cloned();
     let action = match matches.subcommand() {
-        Some(("head", found)) => Action::Head(node_options(found)),
+        Some(("head", found)) => Action::Head { store: store_options(found), node: node_options(found) },
         Some(("join", found)) => Action::Join {
             address: text(found, "address").unwrap_or_default(),
             wait: found.get_one::<Duration>(knobs::WAIT.flag).copied().unwrap_or_default(),
@@ -147,6 +156,21 @@ fn used_wrongly(error: &clap::Error) -> Failure {
 
 fn text(found: &ArgMatches, name: &str) -> Option<String> {
     found.get_one::<String>(name).cloned()
+}
+
+fn store_options(found: &ArgMatches) -> Option<StoreOptions> {
+    let file = |knob: &Knob| found.get_one::<PathBuf>(knob.flag).cloned();
+    Some(StoreOptions {
+        address: text(found, knobs::STORE.flag)?,
+        lease: found.get_one::<Duration>(knobs::STORE_LEASE.flag).copied().unwrap_or_default(),
+        access: StoreAccess {
+            ca: file(&knobs::STORE_CA),
+            cert: file(&knobs::STORE_CERT),
+            key: file(&knobs::STORE_KEY),
+            user: text(found, knobs::STORE_USER.flag),
+            password_file: file(&knobs::STORE_PASSWORD_FILE),
+        },
+    })
 }
 
 fn node_options(found: &ArgMatches) -> NodeOptions {
@@ -208,11 +232,23 @@ fn command() -> Command {
         .arg(arg(&knobs::RUN_DIR, value_parser!(PathBuf)).global(true))
         .subcommand(
             node_command("head", "Start the head of a new cluster on this host")
-                .arg(arg(&knobs::DEAD_AFTER, ValueParser::new(dead_after))),
+                .arg(arg(&knobs::DEAD_AFTER, ValueParser::new(dead_after)))
+                .arg(arg(&knobs::STORE, ValueParser::new(named)))
+                .arg(arg(&knobs::STORE_LEASE, ValueParser::new(store_lease)))
+                .args(
+                    [&knobs::STORE_CA, &knobs::STORE_CERT, &knobs::STORE_KEY, &knobs::STORE_PASSWORD_FILE]
+                        .map(|knob| arg(knob, value_parser!(PathBuf)).requires(knobs::STORE.flag)),
+                )
+                .arg(arg(&knobs::STORE_USER, ValueParser::new(named)).requires(knobs::STORE.flag)),
         )
         .subcommand(
             node_command("join", "Join this host to the cluster of a head, now or as soon as it is there")
-                .arg(Arg::new("address").value_name("ADDRESS").required(true).help("Head, as HOST[:PORT]"))
+                .arg(
+                    Arg::new("address")
+                        .value_name("ADDRESS")
+                        .required(true)
+                        .help("Head, as HOST[:PORT]; of several that take turns some or all, with commas"),
+                )
                 .arg(arg(&knobs::WAIT, ValueParser::new(seconds)))
                 .arg(
                     arg(&knobs::DEAD_AFTER, ValueParser::new(dead_after)).default_value(None::<&str>).help(
@@ -389,6 +425,15 @@ fn seconds(text: &str) -> Result<Duration, String> {
         return Err("not a number of seconds from 0 to a year".to_owned());
     }
     Ok(Duration::from_secs_f64(number))
+}
+
+fn store_lease(text: &str) -> Result<Duration, String> {
+    let lease = seconds(text)?;
+    // etcd grants whole seconds, and none shorter.
+    if lease < Duration::from_secs(2) || lease > Duration::from_secs(600) || lease.subsec_nanos() != 0 {
+        return Err("2 to 600 whole seconds".to_owned());
+    }
+    Ok(lease)
 }
 
 fn overlap(text: &str) -> Result<Duration, String> {

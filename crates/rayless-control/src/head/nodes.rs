@@ -50,6 +50,7 @@ impl Head {
             head: self.config.node,
             your_address: self.sessions.get(&session).map(|s| s.address.clone()).unwrap_or_default(),
             dead_after_ms: u64::try_from(self.config.dead_after.as_millis()).unwrap_or(u64::MAX),
+            heads: self.config.heads.iter().map(|head| head.address.clone()).collect(),
         };
         self.send(id, welcome);
         let line = match before {
@@ -194,7 +195,7 @@ impl Head {
         }
     }
 
-    fn turn_away(&mut self, session: SessionId, to: NodeId, message: ToNode) {
+    pub(super) fn turn_away(&mut self, session: SessionId, to: NodeId, message: ToNode) {
         self.effects.push_back(Effect::Send { session, to, message });
         self.effects.push_back(Effect::Close { session });
     }
