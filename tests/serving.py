@@ -56,13 +56,22 @@ def rayless_command() -> str:
 class Cluster:
     """One daemon per host, each with a run dir of its own; a token that nobody else has."""
 
-    def __init__(self, hosts: list[Host], *, cpus: int = 2, dead_after: float | None = None) -> None:
+    def __init__(
+        self,
+        hosts: list[Host],
+        *,
+        cpus: int = 2,
+        dead_after: float | None = None,
+        daemon_environment: Callable[[Path], Mapping[str, str]] | None = None,
+    ) -> None:
         self.hosts = hosts
         self.rayless = rayless_command()
         self._dead_after = dead_after
         self._cpus = cpus
         # /var/tmp: a run dir is no place for a tmpfs that the machine's tests share, and its path is short.
         self.base = Path(tempfile.mkdtemp(prefix="rayless-test-", dir="/var/tmp"))
+        #: On top of a daemon's environment, made from the folder of this cluster.
+        self._daemon_extra = {} if daemon_environment is None else dict(daemon_environment(self.base))
         self.token_file = self.base / "token"
         made = subprocess.run([self.rayless, "token", "new"], capture_output=True, text=True, check=True)
         self.token_file.touch(mode=0o600)
@@ -98,13 +107,17 @@ class Cluster:
 
     def head(self, index: int = 0) -> None:
         """Starts the head in the background; returns once it is ready."""
-        self.hosts[index].run([*self.head_command(index), "--daemon"], env=self.environment(index))
+        env = self.environment(index, self._daemon_extra)
+        self.hosts[index].run([*self.head_command(index), "--daemon"], env=env)
 
     def join(self, index: int = 1, head: int = 0) -> subprocess.Popen[bytes]:
         """Starts a node that joins whenever its head is there; returns at once."""
         log = (self.base / f"join{index}.log").open("wb")
         return self.hosts[index].popen(
-            self.join_command(index, head), env=self.environment(index), stdout=log, stderr=subprocess.STDOUT
+            self.join_command(index, head),
+            env=self.environment(index, self._daemon_extra),
+            stdout=log,
+            stderr=subprocess.STDOUT,
         )
 
     def status(self, index: int = 0) -> dict[str, Any]:

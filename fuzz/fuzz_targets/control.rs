@@ -4,7 +4,7 @@
 use libfuzzer_sys::fuzz_target;
 use rayless_proto::{
     codec::{decode, encode},
-    v1::control::{ToHead, ToNode},
+    v1::control::{FromHead, ToHead},
 };
 
 /// What is accepted must be a message in its own right: it goes round again unchanged.
@@ -17,5 +17,5 @@ macro_rules! goes_round {
 }
 
 fuzz_target!(|bytes: &[u8]| {
-    goes_round!(bytes, ToHead, ToNode);
+    goes_round!(bytes, ToHead, FromHead);
 });

@@ -9,7 +9,7 @@ use rayless_control::{
 };
 use rayless_proto::{
     codec::decode,
-    ids::{ClusterId, Incarnation, NodeId},
+    ids::{ClusterId, Incarnation, NodeId, Term},
     v1::control::ToHead,
 };
 use std::time::{Duration, Instant};
@@ -21,6 +21,8 @@ mod samples;
 fn config() -> HeadConfig {
     HeadConfig {
         node: node(0),
+        term: Term(2),
+        heads: Vec::new(),
         cluster: ClusterId([1; 16]),
         seed: 1,
         dead_after: Duration::from_secs(3),

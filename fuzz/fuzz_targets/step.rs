@@ -5,7 +5,7 @@ use libfuzzer_sys::fuzz_target;
 use rayless_proto::{
     codec::{decode, encode},
     limits::MAX_LOCAL_MESSAGE,
-    v1::step::{HEADER, Header, KeeperEvent, Kind, Launch},
+    v1::step::{HEADER, Header, KeeperEvent, Kind, Launch, Look},
 };
 use std::{io::Write, os::unix::net::UnixStream};
 
@@ -44,6 +44,11 @@ fn look_into(header: Header, payload: &[u8]) {
         Kind::Launch => {
             if let Ok(launch) = decode::<Launch>(payload) {
                 assert_eq!(decode::<Launch>(&encode(&launch)), Ok(launch));
+            }
+        }
+        Kind::Look => {
+            if let Ok(look) = decode::<Look>(payload) {
+                assert_eq!(decode::<Look>(&encode(&look)), Ok(look));
             }
         }
         Kind::Event => {

@@ -31,6 +31,15 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     ];
     write("keeper", &keeper.concat())?;
 
+    let link = [
+        all(&samples::link_openings(), encode),
+        all(&samples::link_answers(), encode),
+        all(&samples::link_outcomes(), encode),
+        all(&samples::link_boots(), encode),
+        all(&[samples::link_report()], encode),
+    ];
+    write("link", &link.concat())?;
+
     // Targets that take (number, bytes) read the number from the end of the input.
     let framed: Vec<Vec<u8>> =
         hellos.iter().map(|h| [&(h.len() as u32).to_le_bytes(), &h[..], &h[..], &[7]].concat()).collect();
@@ -42,7 +51,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let launches = samples::launches().iter().map(|m| frame(Kind::Launch, encode(m))).collect::<Vec<_>>();
     let events = samples::keeper_events().iter().map(|m| frame(Kind::Event, encode(m))).collect::<Vec<_>>();
     let plain = [Kind::Call, Kind::Reply, Kind::Stop, Kind::Log].map(|kind| frame(kind, b"payload".to_vec()));
-    write("step", &[launches, events, plain.to_vec()].concat())?;
+    let look = frame(Kind::Look, encode(&samples::look()));
+    write("step", &[launches, events, plain.to_vec(), vec![look]].concat())?;
 
     let token = Token::generate()?;
     write("token", &[token.expose().into_bytes(), vec![b'a'; 64], b"0011223344556677.keeper.rayless".to_vec()])?;

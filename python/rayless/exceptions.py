@@ -141,7 +141,8 @@ class LinkError(RayError):
         to_rank: int | None = None,
         kind: str | None = None,
     ) -> None:
-        super().__init__(message, link, from_rank, to_rank, kind)
+        # Not `super()`: for some of the family the next in line is `OSError`, which makes other things of five arguments.
+        Exception.__init__(self, message, link, from_rank, to_rank, kind)
         self.link = link
         self.from_rank = from_rank
         self.to_rank = to_rank
@@ -149,6 +150,9 @@ class LinkError(RayError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self.args
 
 
 class LinkRejectedError(LinkError, ValueError):

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import rayless
+from rayless import fabric
 
 FOR_EVER = 10**6
 
@@ -18,6 +19,7 @@ class Hosted:
     def __init__(self, folder: str, load: bool = False) -> None:
         self.folder = folder
         self.rank = rayless.get_runtime_context().rank
+        self.links: list[object] = []  # held, so that they stay open
         if load:  # like loading weights: nothing is answered meanwhile
             self.arrive("load")
             self.wait_to_go()
@@ -50,3 +52,24 @@ class Hosted:
         if self.rank == rank:
             os._exit(code)
         time.sleep(FOR_EVER)
+
+    def cross(self, sender: int, receiver: int, size: int, messages: int) -> None:
+        """Messages of `size` bytes from one rank to another; the link stays open, as those of a serving engine do."""
+        if self.rank == sender:
+            self.links.append(link := fabric.send_link(receiver, timeout=60))
+            for step in range(messages):
+                data = pattern(size, step)
+                link.send([("x", "uint8", (size,), ctypes.addressof(data), size)], tag=step, timeout=60)
+        elif self.rank == receiver:
+            self.links.append(inbound := fabric.recv_link(sender, timeout=60))
+            for step in range(messages):
+                inbound.recv_header(step, 60)
+                data = (ctypes.c_char * size)()
+                inbound.recv_payload([(ctypes.addressof(data), size)], 60)
+                assert data.raw == pattern(size, step).raw
+
+
+def pattern(size: int, step: int) -> ctypes.Array[ctypes.c_char]:
+    """Bytes of which no two messages have the same at one place."""
+    piece = bytes((i * 167 + step) % 256 for i in range(251))
+    return (ctypes.c_char * size).from_buffer_copy((piece * (size // 251 + 1))[:size])

@@ -20,8 +20,7 @@ that nothing is left: no process, no memfd, no socket file, no port.
 
 A process that is silent but not stopped, on a node for which the head vouches, is given three times `--dead-after`: a false alarm costs a reload of the model. One that the kernel
 holds stopped (SIGSTOP) is not. Not played here: vLLM's
-own processes (`tests/vllm` has those), GPU memory (no GPU on the test machine), a wall clock that jumps (every timer is monotonic; only event times and certificate
-dates, which are back-dated by 48 h, come from the wall clock).
+own processes and a wall clock that jumps (see [the engine cells](failure-matrix-engines.md)), GPU memory (no GPU on the test machine).
 
 """
 

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -129,27 +129,119 @@ class Driver:
         self.process.close()
 
 
-class Stage:
+class Ground:
+    """Two hosts, a daemon on each, and what can be done to them. Host a has the head."""
+
+    def __init__(
+        self, *, seed: int = 1, cpus: int = 2, daemon_environment: Callable[[Path], Mapping[str, str]] | None = None
+    ) -> None:
+        self._exit = contextlib.ExitStack()
+        self._busy: list[subprocess.Popen[bytes]] = []
+        try:
+            self.a, self.b, self.wire = self._exit.enter_context(wired_hosts(seed=seed))
+            hosts = [self.a, self.b]
+            cluster = Cluster(hosts, cpus=cpus, daemon_environment=daemon_environment)
+            self.cluster = self._exit.enter_context(cluster)
+            self._small_disk()
+            self.cluster.head(0)
+            self.cluster.join(1)
+            self.cluster.wait_alive(2)
+        except BaseException:
+            self._exit.close()
+            raise
+
+    def daemon(self, host: str) -> Process:
+        """The daemon of a host as it runs now; close the handle after use."""
+        return Process(self.cluster.daemon_pid("ab".index(host)), f"daemon@{host}")
+
+    def restart_daemon(self, host: str) -> None:
+        """Starts the daemon again that was killed: the head returns when it is ready, a node joins in the background."""
+        if host == "a":
+            self.cluster.head(0)
+        else:
+            self.cluster.join(1)
+
+    def make_busy(self) -> None:
+        """Starts eight busy loops a core."""
+        count = 8 * (os.cpu_count() or 1)
+        self._busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+
+    def make_quiet(self) -> None:
+        """Ends them."""
+        for each in self._busy:
+            each.kill()
+        for each in self._busy:
+            each.wait()
+        self._busy = []
+
+    def _small_disk(self) -> None:
+        """Gives host b's run dir a file system of its own, so that it can be filled."""
+        run_dir = self.cluster.run_dir(1)
+        run_dir.mkdir(mode=0o700)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m,mode=0700", "rayless-test", run_dir], check=True)
+        self._exit.callback(subprocess.run, ["umount", "--lazy", str(run_dir)], check=False)
+
+    def fill_disk(self) -> None:
+        """Leaves no byte free in host b's run dir."""
+        with (self.cluster.run_dir(1) / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
+            while filler.write(bytes(4096)):
+                pass
+
+    def empty_disk(self) -> None:
+        (self.cluster.run_dir(1) / "filler").unlink(missing_ok=True)
+
+    def states(self) -> dict[str, str]:
+        """Node name to state, as the head says; while there is none, why."""
+        try:
+            return {node["name"]: node["state"] for node in self.cluster.status(0)["nodes"]}
+        except (RuntimeError, subprocess.TimeoutExpired) as error:
+            return {"no status": str(error)}
+
+    def events(self) -> list[str]:
+        """The kinds of what happened in the cluster, oldest first."""
+        return [event["kind"] for event in self.cluster.status(0)["events"]]
+
+    def wait_alive(self, since: float) -> float:
+        """Seconds from `since` until both nodes are alive."""
+        self.until(lambda: list(self.states().values()) == ["alive", "alive"], "both nodes are alive")
+        return time.monotonic() - since
+
+    def until(self, condition: Callable[[], bool], what: str, timeout: float = HANG) -> None:
+        deadline = time.monotonic() + timeout
+        while not condition():
+            if time.monotonic() > deadline:
+                raise Hang(f"it did not come to pass that {what}: {self.states()}")
+            time.sleep(0.003)
+
+    def keep_logs(self, folder: Path) -> None:
+        """Copies what daemons, driver and workers wrote."""
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        for path in self.cluster.base.rglob("*.log"):
+            shutil.copy(path, folder / "-".join(path.relative_to(self.cluster.base).parts))
+
+    def close_ground(self) -> None:
+        """Ends the daemons and takes the hosts away."""
+        self.make_quiet()
+        # While its run dir can still be found by name.
+        self.b.run([self.cluster.rayless, "stop", "--run-dir", str(self.cluster.run_dir(1))], check=False)
+        self._exit.close()
+
+
+class Stage(Ground):
     """Host a has the head and the driver, host b the other node. A group has two ranks on each."""
 
     RANKS = 4
 
     def __init__(self, *, seed: int = 1, cpus: int = 2) -> None:
-        self._exit = contextlib.ExitStack()
+        super().__init__(seed=seed, cpus=cpus)
         try:
-            self.a, self.b, self.wire = self._exit.enter_context(wired_hosts(seed=seed))
-            self.cluster = self._exit.enter_context(Cluster([self.a, self.b], cpus=cpus))
-            self._small_disk()
-            self.cluster.head(0)
-            self.cluster.join(1)
-            self.cluster.wait_alive(2)
             self.folder = self.cluster.base / "marks"
             self.folder.mkdir()
             self.driver = self._new_driver()
         except BaseException:
-            self._exit.close()
+            self.close_ground()
             raise
-        self._busy: list[subprocess.Popen[bytes]] = []
         self.group: Event = {}
         self.processes: list[Process] = []
         self.ports = self.listening()
@@ -212,54 +304,12 @@ class Stage:
     def keeper(self, host: str) -> Process:
         return next(p for p in self.processes if p.what == f"keeper@{host}")
 
-    def daemon(self, host: str) -> Process:
-        """The daemon of a host as it runs now; close the handle after use."""
-        return Process(self.cluster.daemon_pid("ab".index(host)), f"daemon@{host}")
-
-    def restart_daemon(self, host: str) -> None:
-        """Starts the daemon again that was killed: the head returns when it is ready, a node joins in the background."""
-        if host == "a":
-            self.cluster.head(0)
-        else:
-            self.cluster.join(1)
-
     def new_driver(self) -> None:
         self.driver.close()
         self.driver = self._new_driver()
 
     def _new_driver(self) -> Driver:
         return Driver(self.a, self.cluster.environment(0), self.cluster.base / "driver.log")
-
-    # --- the machines ---
-
-    def make_busy(self) -> None:
-        """Starts eight busy loops a core."""
-        count = 8 * (os.cpu_count() or 1)
-        self._busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
-
-    def make_quiet(self) -> None:
-        """Ends them."""
-        for each in self._busy:
-            each.kill()
-        for each in self._busy:
-            each.wait()
-        self._busy = []
-
-    def _small_disk(self) -> None:
-        """Gives host b's run dir a file system of its own, so that it can be filled."""
-        run_dir = self.cluster.run_dir(1)
-        run_dir.mkdir(mode=0o700)
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m,mode=0700", "rayless-test", run_dir], check=True)
-        self._exit.callback(subprocess.run, ["umount", "--lazy", str(run_dir)], check=False)
-
-    def fill_disk(self) -> None:
-        """Leaves no byte free in host b's run dir."""
-        with (self.cluster.run_dir(1) / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
-            while filler.write(bytes(4096)):
-                pass
-
-    def empty_disk(self) -> None:
-        (self.cluster.run_dir(1) / "filler").unlink(missing_ok=True)
 
     # --- what is observed ---
 
@@ -303,17 +353,6 @@ class Stage:
         left += [f"port {port}" for port in self.listening() if port not in self.ports]
         return left
 
-    def states(self) -> dict[str, str]:
-        """Node name to state, as the head says; while there is none, why."""
-        try:
-            return {node["name"]: node["state"] for node in self.cluster.status(0)["nodes"]}
-        except (RuntimeError, subprocess.TimeoutExpired) as error:
-            return {"no status": str(error)}
-
-    def events(self) -> list[str]:
-        """The kinds of what happened in the cluster, oldest first."""
-        return [event["kind"] for event in self.cluster.status(0)["events"]]
-
     def group_state(self) -> str:
         """State of the group as the head says, with the number of its ranks."""
         with contextlib.suppress(RuntimeError, subprocess.TimeoutExpired):
@@ -322,35 +361,13 @@ class Stage:
                     return f"{group['state']} {len(group['workers'])}"
         return "unknown"
 
-    def wait_alive(self, since: float) -> float:
-        """Seconds from `since` until both nodes are alive."""
-        self.until(lambda: list(self.states().values()) == ["alive", "alive"], "both nodes are alive")
-        return time.monotonic() - since
-
-    def until(self, condition: Callable[[], bool], what: str, timeout: float = HANG) -> None:
-        deadline = time.monotonic() + timeout
-        while not condition():
-            if time.monotonic() > deadline:
-                raise Hang(f"it did not come to pass that {what}: {self.states()}")
-            time.sleep(0.003)
-
-    def keep_logs(self, folder: Path) -> None:
-        """Copies what daemons, driver and workers wrote."""
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        for path in self.cluster.base.rglob("*.log"):
-            shutil.copy(path, folder / "-".join(path.relative_to(self.cluster.base).parts))
-
     def close(self) -> None:
         for process in self.processes:
             process.signal(signal.SIGCONT)
             process.close()
         self.processes = []
-        self.make_quiet()
         self.driver.close()
-        # While its run dir can still be found by name.
-        self.b.run([self.cluster.rayless, "stop", "--run-dir", str(self.cluster.run_dir(1))], check=False)
-        self._exit.close()
+        self.close_ground()
 
     def __enter__(self) -> Stage:
         return self

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import resource
 import select
 import socket
@@ -53,6 +54,63 @@ def test_one_port_is_open_and_files_are_private(working: Stage) -> None:
         for path in run_dir.rglob("*"):
             mode = stat.S_IMODE(path.lstat().st_mode)
             assert mode & 0o077 == 0, f"{path} has mode {mode:o}"
+
+
+def test_open_ports_are_those_of_the_threat_model(working: Stage) -> None:
+    """Every socket on which anybody could call, by process, while a group works: the table of docs/threat-model.md."""
+    found = set()
+    for index, host in enumerate((working.a, working.b)):
+        daemon = working.cluster.daemon_pid(index)
+        known = {daemon: "head" if index == 0 else "node daemon", working.driver.process.pid: "driver"}
+        known |= {
+            int(file.read_text()): "keeper" for file in (working.cluster.run_dir(index) / "keepers").glob("*.pid")
+        }
+        known |= {process.pid: "worker" for process in working.processes if process.what.startswith("worker")}
+        rows = host.run(["ss", "-Hanptu"]).stdout.splitlines()
+        rows += [f"u_str {row}" for row in host.run(["ss", "-Hxlp"]).stdout.splitlines()]
+        for row in rows:
+            pids = [int(pid) for pid in re.findall(r"pid=(\d+)", row)]
+            kind, state, local = row.split()[0], row.split()[1], row.split()[4]
+            if not any(pid in known for pid in pids) or (kind == "tcp" and state != "LISTEN"):
+                continue
+            name = known[next(pid for pid in pids if pid in known)]
+            if kind.startswith("u_"):
+                place = re.sub(r"[0-9a-f]{16}", "GROUP", row.split()[5].rsplit("/host", 1)[-1].split("/", 1)[-1])
+                found.add((name, "Unix socket, 0600", f"`{place}` in the run dir"))
+                continue
+            address, port = local.rsplit(":", 1)
+            address = "its address" if address.strip("[]") == host.address else address
+            # A socket that calls the head has a port of the kernel's choice.
+            port = port if int(port) == PORT else "a port of the kernel's"
+            found.add((name, kind.upper(), f"{address}, {port}"))
+    table = "\n".join(f"| {' | '.join(row)} |" for row in sorted(found))
+    page = Path(__file__).parents[2] / "docs" / "threat-model.md"
+    text = page.read_text()
+    head = "| process | kind | where |\n|---|---|---|\n"
+    before, _, rest = text.partition(head)
+    shown, _, after = rest.partition("\n\n")
+    if os.environ.get("RAYLESS_WRITE_PAGES"):
+        page.write_text(f"{before}{head}{table}\n\n{after}")
+        return
+    assert shown == table, f"open now:\n{table}\nhint: RAYLESS_WRITE_PAGES=1 writes it into {page}"
+
+
+def test_nobody_gets_more_than_three_times_what_it_sent(working: Stage) -> None:
+    """A sender's address may be forged: what a port answers to a stranger must not be worth the forging."""
+    noise = random.Random(5)
+    with working.b.entered(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+        udp.connect((working.a.address, PORT))
+        for version in (b"\x00\x00\x00\x01", b"\x0a\x1a\x2a\x3a", b"\xff\x00\x00\x1d"):
+            for length in (21, 200, 1199, 1200, 1400):
+                ids = bytes([8]) + noise.randbytes(8) + bytes([8]) + noise.randbytes(8)
+                packet = b"\xc3" + version + ids + b"\x00" + noise.randbytes(1400)
+                answered = 0
+                with contextlib.suppress(ConnectionRefusedError):
+                    udp.send(packet[:length])
+                while select.select([udp], [], [], 0.2)[0]:
+                    with contextlib.suppress(ConnectionRefusedError):
+                        answered += len(udp.recv(65536))
+                assert answered <= 3 * length, f"{answered} bytes for {length} of version {version.hex()}"
 
 
 def test_the_token_is_nowhere_to_be_read(working: Stage) -> None:
@@ -125,9 +183,9 @@ def test_noise_on_both_ports_is_dropped(working: Stage) -> None:
                     assert tcp.recv(1) == b""
 
 
-def test_thousands_of_callers_who_say_nothing_keep_nobody_out(working: Stage) -> None:
+def test_ten_thousand_callers_who_say_nothing_keep_nobody_out(working: Stage) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    count = min(3000, hard - 500)
+    count = min(10_000, hard - 500)
     with contextlib.ExitStack() as held:
         held.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
         resource.setrlimit(resource.RLIMIT_NOFILE, (count + 500, hard))

@@ -14,6 +14,12 @@ from rayless.exceptions import (
     ActorDiedError,
     ClusterNotFoundError,
     GetTimeoutError,
+    LinkClosedError,
+    LinkError,
+    LinkLostError,
+    LinkRejectedError,
+    LinkTimeoutError,
+    LinkUnavailableError,
     NodeDiedError,
     RayError,
     RayTaskError,
@@ -86,3 +92,16 @@ def test_the_family() -> None:
     assert issubclass(ClusterNotFoundError, ConnectionError)
     died = pickle.loads(pickle.dumps(WorkerDiedError("rank 1 died", 1, "b")))
     assert (str(died), died.rank, died.node) == ("rank 1 died", 1, "b")
+
+
+@pytest.mark.parametrize(
+    "kind", [LinkError, LinkRejectedError, LinkTimeoutError, LinkClosedError, LinkLostError, LinkUnavailableError]
+)
+def test_a_links_error_crosses_with_its_ends(kind: type[LinkError]) -> None:
+    """Some of them are `OSError` as well, which has ideas of its own about arguments and pickling."""
+    error = crossed(kind("link 0->1.0 is lost\nhint: look", "link 0->1.0", 0, 1, "peer gone"))
+    assert isinstance(error, kind)
+    assert isinstance(error, RayTaskError)
+    assert type(error.cause) is kind
+    assert str(error.cause) == "link 0->1.0 is lost\nhint: look"
+    assert (error.link, error.from_rank, error.to_rank, error.kind) == ("link 0->1.0", 0, 1, "peer gone")

@@ -55,9 +55,10 @@ def cluster(pair: list[Host]) -> Iterator[Cluster]:
 def expected(models: dict[str, Path]) -> dict[str, list[list[int]]]:
     """Greedy tokens of each model with vLLM's own executor, in float32: on one worker, and for DeepSeek-V3 on two, too.
 
-    A Llama gives the same tokens however it is cut. DeepSeek-V3 on vLLM's CPU build does not: its latent-attention kernel
-    gives other results for another number of heads (and of requests in a step), under vLLM's own launcher as well. So its
-    tensor-parallel cuts are held against vLLM's own of the same width.
+    A Llama gives the same tokens however it is cut. DeepSeek-V3 on vLLM's CPU build does not, under vLLM's own launcher either: in float32, one
+    request a step, the log-probability of the very first token differs by 0.04 to 0.08 between one worker and two (0.02 with
+    VLLM_MLA_DISABLE=1, so latent attention is not all of it), and greedy tokens part within the first five. So its tensor-parallel
+    cuts are held against vLLM's own of the same width.
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAYLESS_", "VLLM_"))}
     environment |= {**CPU_ENVIRONMENT, "VLLM_PLUGINS": "", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}

@@ -239,7 +239,7 @@ def run(stages: int, tensor: int, transport: str | None = None) -> dict[str, Any
             Stage, world, bundles=[{"CPU": 1}] * world, strategy="SPREAD", env={"PYTHONPATH": path}, wait=30
         )
         with group:
-            group.call("build", f"file://{folder}/store", tensor, stages, timeout=300)
+            group.call("build", f"file://{folder}/store", tensor, stages, timeout=1500)
             assert all(group.call("open", True)), "no process group is made for sampled tokens"
             for number in range(8):
                 group.call("relay", number, wait=True)

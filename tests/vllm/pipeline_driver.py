@@ -1,7 +1,7 @@
 """Generates with two stages and counts what its workers give to torch.distributed; started by `test_pipeline.py`.
 
-argv[1]: JSON of [path, prompts, count, [value of RAYLESS_PIPELINE, ...]]. The last line is JSON: for each value the tokens, each
-rank's counts, and the links of the group.
+argv[1]: JSON of [path, prompts, count, [value of RAYLESS_PIPELINE, ...]]. The last line is JSON: for each value the tokens and each
+rank's counts. With links, the last engine is then brought out of step, and what became of it comes with its figures.
 """
 
 from __future__ import annotations
@@ -32,7 +32,40 @@ def counts(worker: Any) -> dict[str, int]:
     return dict(pipeline_driver.counted)
 
 
-def generate(path: str, prompts: list[str], count: int) -> dict[str, Any]:
+def send_out_of_step(worker: Any) -> None:
+    """On the first stage: a message that no step of the second one takes."""
+    import torch
+    from vllm.distributed.parallel_state import get_pp_group
+
+    group = get_pp_group()
+    if group.is_first_rank:
+        group.isend_tensor_dict({"hidden_states": torch.zeros(1, 64), "residual": torch.zeros(1, 64)})
+
+
+def fail(llm: Any, sampling: Any) -> dict[str, str]:
+    """What a request gets when the stages are at different steps, and what is left of the group."""
+    import pipeline_driver
+
+    executor = llm.llm_engine.engine_core.engine_core.model_executor
+    llm.collective_rpc(pipeline_driver.send_out_of_step)
+    told = ""
+    try:
+        llm.generate(["Hello"], sampling, use_tqdm=False)
+    except Exception as error:
+        # vLLM's own clearing up may fail on top of it.
+        chain: BaseException | None = error
+        while chain is not None:
+            told += f"{chain}\n"
+            chain = chain.__cause__ or chain.__context__
+    left = ""
+    try:
+        executor.check_health()
+    except Exception as error:
+        left = str(error)
+    return {"told": told, "left": left}
+
+
+def generate(path: str, prompts: list[str], count: int, then_fail: bool) -> dict[str, Any]:
     """One engine: all prompts at once, then one after the other."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -61,6 +94,9 @@ def generate(path: str, prompts: list[str], count: int) -> dict[str, Any]:
         "tokens": [list(answer.outputs[0].token_ids) for answer in alone],
         "torch": llm.collective_rpc(pipeline_driver.counts),
     }
+    if then_fail:
+        found["failure"] = fail(llm, sampling)
+        return found
     engine = llm.llm_engine.engine_core
     del llm
     engine.shutdown()
@@ -75,8 +111,10 @@ def main() -> None:
     found = []
     for switch in switches:
         os.environ["RAYLESS_PIPELINE"] = switch
-        found.append(generate(path, prompts, count))
+        found.append(generate(path, prompts, count, then_fail=switch == "rayless"))
     print(json.dumps(found), flush=True)
+    # An engine that failed in this process is not taken apart in order.
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import concurrent.futures
+import os
 import pickle
 import subprocess
 import sys
+import tempfile
+import threading
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 
@@ -255,8 +259,9 @@ class TestReplies:
         assert future.result() == ["rank 1", "rank 0"]
         assert future.result() == ["rank 1", "rank 0"]
         method, (name, args, _kwargs, reply_rank), ranks, timeout = sent[0]
-        assert (method, name, args, reply_rank, ranks) == ("run", "execute_model", ("step",), None, None)
-        assert timeout == 300
+        # Under this name, so that the group's deadline for steps holds for it.
+        assert (method, name, args, reply_rank, ranks) == ("step", "execute_model", ("step",), None, None)
+        assert timeout is None
 
     def test_the_failure_callback_comes_once_and_calls_fail_with_the_cause(self) -> None:
         import threading
@@ -276,6 +281,91 @@ class TestReplies:
             executor.collective_rpc("check_health")
         executor.register_failure_callback(lambda: told.append("late"))
         assert told == ["first", "late"]
+
+
+class TestEnding:
+    """A front end gives EngineCore the time to stop its group, and no more."""
+
+    class Process:
+        """Ends by nothing."""
+
+        pid = 77
+        asked = False
+
+        def __init__(self) -> None:
+            self.sentinel, self._other = os.pipe()
+
+        def is_alive(self) -> bool:
+            return True
+
+        def terminate(self) -> None:
+            self.asked = True
+
+    def test_it_goes_on_when_the_group_is_stopped(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from rayless.vllm import ending
+
+        process, states = self.Process(), ["running", "running", "stopped"]
+
+        def status() -> dict[str, Any]:
+            state = states.pop(0) if len(states) > 1 else states[0]
+            # Before the process is asked to end, only what runs is counted.
+            assert state != "stopped" or process.asked
+            return {"groups": [{"state": state, "driver": {"pid": 77}}, {"state": "running", "driver": {"pid": 78}}]}
+
+        monkeypatch.setattr("rayless.status", status, raising=False)
+        ending._end([process])  # type: ignore[list-item]
+        assert process.asked
+        assert states == ["stopped"]
+
+    def test_it_does_not_hang_with_the_daemon(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from rayless.vllm import ending
+
+        monkeypatch.setattr("rayless.status", threading.Event().wait, raising=False)
+        monkeypatch.setattr(ending, "SECONDS", 0.1)
+        process = self.Process()
+        ending._end([process])  # type: ignore[list-item]
+        assert process.asked
+
+    def test_an_engine_does_not_outlive_its_front_end(self) -> None:
+        """Three processes: this one looks on, the second is killed, the third was its EngineCore."""
+        script = (
+            "import multiprocessing as m, os, sys, time\n"
+            "def core(pipe):\n"
+            "    from rayless.vllm.ending import end_with_front_end\n"
+            "    end_with_front_end()\n"
+            "    pipe.send(os.getpid())\n"
+            "    time.sleep(600)\n"
+            "if __name__ == '__main__':\n"
+            "    near, far = m.Pipe()\n"
+            "    m.get_context('spawn').Process(target=core, args=(far,), name='EngineCore').start()\n"
+            "    print(near.recv(), flush=True)\n"
+            "    os.kill(os.getpid(), 9)\n"
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "front_end.py")
+            file.write_text(script)
+            done = subprocess.run([sys.executable, str(file)], capture_output=True, timeout=60)
+        assert done.returncode == -9
+        # The pipes were read to their ends, which a core that lived on would keep open.
+        assert b"front end is gone" in done.stderr
+
+    def test_only_a_front_end_that_would_give_no_time_is_changed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from vllm.v1.engine.utils import CoreEngineProcManager
+
+        from rayless.vllm import ending
+
+        given: list[float | None] = []
+        ended: list[object] = []
+        monkeypatch.setattr(CoreEngineProcManager, "shutdown", lambda self, timeout=None: given.append(timeout))
+        monkeypatch.setattr(ending, "_end", ended.append)
+        ending.let_engines_end()
+        ending.let_engines_end()
+        manager = SimpleNamespace(processes="them", _request_shutdown_timeout=0)
+        draining = SimpleNamespace(processes="them", _request_shutdown_timeout=30)
+        for one, timeout in ((manager, 0), (manager, None), (draining, 0), (draining, 12.5)):
+            CoreEngineProcManager.shutdown(one, timeout=timeout)
+        assert given == [0, None, 0, 12.5]
+        assert ended == ["them"]
 
 
 def test_a_configuration_of_remote_code_travels_with_its_class(monkeypatch: pytest.MonkeyPatch) -> None:

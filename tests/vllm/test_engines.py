@@ -62,6 +62,15 @@ class TestLlamaInTwoStages:
     def test_tokens_are_those_of_one_worker(self, llama: Server, expected: dict[str, list[list[int]]]) -> None:
         assert llama.greedy_tokens(PROMPTS, TOKENS) == expected["llama"]
 
+    def test_status_shows_the_link_between_the_stages(self, cluster: Cluster, llama: Server) -> None:
+        """No RDMA device on either host: TCP, and why nothing better."""
+        (group,) = running(cluster)
+        for index in range(2):
+            found = [link for link in cluster.status(index)["links"] if link["group"] == group["id"]]
+            assert [(link["from"], link["to"], link["transport"]) for link in found] == [(0, 1, "tcp")]
+            assert [one["transport"] for one in found[0]["rejected"]] == ["shm", "rdma"]
+            assert all(one["reason"] for one in found[0]["rejected"])
+
     def test_streaming_gives_the_same_text_in_pieces(self, llama: Server) -> None:
         with llama.client() as client:
             ask: dict[str, Any] = {"model": "llama", "prompt": PROMPTS[0], "temperature": 0, "max_tokens": TOKENS}
@@ -191,7 +200,9 @@ class TestTwoEnginesAtOnce:
         assert failed_at
         ended = next(group for group in cluster.status()["groups"] if group["id"] == victim["id"])
         assert ended["state"] == "failed"
+        # What its keeper knows, and not what its neighbour saw of it: the end of their link.
         assert f"rank {far['rank']}" in ended["cause"]
+        assert "was killed by SIGKILL" in ended["cause"]
         assert "rank" in deepseek.tail(400)
         assert llama.get("/health") == 200
         with llama.client() as client:
@@ -199,12 +210,15 @@ class TestTwoEnginesAtOnce:
 
 
 def test_a_stopped_engine_leaves_nothing(cluster: Cluster, llama: Server, deepseek: Server, before: set[str]) -> None:
+    (group,) = running(cluster)
     pids = {pid for host in cluster.hosts for pid in host.pids()}
     daemons = {cluster.daemon_pid(0), cluster.daemon_pid(1)}
     assert llama.stop() == 0
     until(lambda: {pid for host in cluster.hosts for pid in host.pids()} <= daemons, 20, "only the daemons run")
     assert pids - daemons, "the engine had processes"
-    assert running(cluster) == []
+    # In order, and not as a group that has lost its driver.
+    ended = next(found for found in cluster.status()["groups"] if found["id"] == group["id"])
+    assert (ended["state"], ended["cause"]) == ("stopped", "")
     for node in cluster.status()["nodes"]:
         assert node["available"] == node["resources"]
     assert leftovers.unused_shared_memory(before) == set()

@@ -19,11 +19,11 @@ DRIVER = Path(__file__).parent / "pipeline_driver.py"
 @pytest.fixture(scope="module")
 def runs(cluster: Cluster, models: dict[str, Path]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The same requests with links of ours, and with torch's groups."""
-    asked = json.dumps([str(models["llama"]), PROMPTS, TOKENS, ["rayless", "torch"]])
+    asked = json.dumps([str(models["llama"]), PROMPTS, TOKENS, ["torch", "rayless"]])
     environment = cluster.environment(0, {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
     done = cluster.hosts[0].run([sys.executable, str(DRIVER), asked], env=environment, check=False, timeout=900)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{(done.stderr or '')[-6000:]}"
-    ours, torchs = json.loads(done.stdout.splitlines()[-1])
+    torchs, ours = json.loads(done.stdout.splitlines()[-1])
     return ours, torchs
 
 
@@ -46,6 +46,16 @@ def test_both_give_the_tokens_of_one_worker(
         assert run["tokens"] == expected["llama"]
         assert run["together"][1:] == expected["llama"]
     assert runs[0]["together"] == runs[1]["together"]
+
+
+def test_a_crossed_step_ends_the_group_with_that_cause_and_no_token(
+    runs: tuple[dict[str, Any], dict[str, Any]],
+) -> None:
+    failure = runs[0]["failure"]
+    assert "link 0->1.0" in failure["told"]
+    assert "rank 1 is at step" in failure["told"]
+    assert failure["left"].startswith("executor failed: ")
+    assert "rank 1 is at step" in failure["left"]
 
 
 def test_the_switch_takes_two_words() -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import os
+import sys
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +18,25 @@ from rayless import fabric
 from rayless.exceptions import LinkLostError
 from rayless.vllm.pipeline.tokens import SiblingGroup, Tokens
 
-pp_utils = pytest.importorskip("vllm.v1.worker.gpu.pp_utils")
+
+def load() -> Any:
+    """The installed release's module, or the file that RAYLESS_PP_UTILS names (`other_releases.py`)."""
+    path = os.environ.get("RAYLESS_PP_UTILS")
+    if path is None:
+        return pytest.importorskip("vllm.v1.worker.gpu.pp_utils")
+    from vllm.v1.worker.gpu import buffer_utils
+
+    if not hasattr(buffer_utils, "async_copy_to_gpu"):  # what 0.25 calls it
+        buffer_utils.async_copy_to_gpu = lambda array, device: torch.as_tensor(array)
+    spec = importlib.util.spec_from_file_location("pp_utils_of_another_release", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look themselves up
+    spec.loader.exec_module(module)
+    return module
+
+
+pp_utils = load()
 if not hasattr(pp_utils, "PPHandler"):
     pytest.skip("this vLLM has no PPHandler", allow_module_level=True)
 

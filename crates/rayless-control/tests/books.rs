@@ -11,7 +11,7 @@ use rayless_control::{
     liveness::Transition,
 };
 use rayless_proto::{
-    ids::{ClusterId, GroupId, Incarnation, NodeId, PlacementGroupId},
+    ids::{ClusterId, GroupId, Incarnation, NodeId, PlacementGroupId, Term},
     resources::{CPU, GPU, Quantity, Resources, Strategy},
     v1::{
         control::{
@@ -57,7 +57,15 @@ fn id(node: usize) -> NodeId {
 }
 
 fn config() -> HeadConfig {
-    HeadConfig { node: id(0), cluster: ClusterId([1; 16]), seed: 42, dead_after: Duration::from_secs(3), unix_us: 0 }
+    HeadConfig {
+        node: id(0),
+        term: Term(0),
+        heads: Vec::new(),
+        cluster: ClusterId([1; 16]),
+        seed: 42,
+        dead_after: Duration::from_secs(3),
+        unix_us: 0,
+    }
 }
 
 fn info(node: usize, incarnation: u64) -> NodeInfo {
@@ -162,6 +170,7 @@ impl Table {
         ToHead::Join {
             info: info(node, truth.incarnation),
             head_address: String::new(),
+            seen: None,
             held: held.collect(),
             ended: Vec::new(),
             held_placement_groups: truth.bundles.values().cloned().collect(),

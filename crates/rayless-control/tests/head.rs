@@ -6,7 +6,7 @@ use rayless_control::{
     liveness::Transition,
 };
 use rayless_proto::{
-    ids::{ClusterId, Incarnation, NodeId},
+    ids::{ClusterId, Incarnation, NodeId, Term},
     limits::{MAX_ENDED_GROUPS, MAX_EVENTS, MAX_GONE_NODES, MAX_WAITING},
     resources::{GPU, Quantity, Resources, Strategy},
     v1::{
@@ -56,6 +56,7 @@ fn join(info: NodeInfo) -> ToHead {
     ToHead::Join {
         info,
         head_address: String::new(),
+        seen: None,
         held: Vec::new(),
         ended: Vec::new(),
         held_placement_groups: Vec::new(),
@@ -80,6 +81,8 @@ impl Bench {
         let now = Instant::now();
         let config = HeadConfig {
             node: id(0),
+            term: Term(0),
+            heads: Vec::new(),
             cluster: ClusterId([1; 16]),
             seed: 3,
             dead_after: Duration::from_secs(3),
@@ -136,6 +139,44 @@ fn late_messages_of_an_earlier_session_are_dropped() {
     // Its end is no news either.
     b.give(Input::SessionClosed { session: SessionId(1) });
     assert!(!b.say(2, ToHead::Status { request: 9 }).is_empty());
+}
+
+#[test]
+fn a_key_on_a_second_host_is_refused_while_the_first_one_lives() {
+    let mut b = Bench::new();
+    let on = |host: &str, life| NodeInfo { host_id: host.into(), ..info(1, life) };
+    b.open(1, 1);
+    b.say(1, join(on("x", 5)));
+    let refused = |said: &[ToNode]| matches!(said, [ToNode::Refused(r)] if r.kind == RefusalKind::Policy && r.cause.contains("has the key of node n1"));
+    // The same life, or an older one, cannot be in two places.
+    for (session, life) in [(2, 5), (3, 4)] {
+        b.open(session, 1);
+        assert!(refused(&b.say(session, join(on("y", life)))));
+    }
+    // A newer one may be a container that was started again; the older one, if it lives, dials at once.
+    b.open(4, 1);
+    assert!(b.say(4, join(on("y", 6))).is_empty());
+    assert_eq!(b.closed.last(), Some(&SessionId(4)));
+    b.open(5, 1);
+    assert!(matches!(b.say(5, join(on("x", 5)))[0], ToNode::Welcome { .. }));
+    b.open(6, 1);
+    assert!(refused(&b.say(6, join(on("y", 6)))));
+    // Much later it is asked again.
+    b.now += Duration::from_secs(120);
+    b.open(7, 1);
+    assert!(b.say(7, join(on("y", 6))).is_empty());
+    b.now += Duration::from_secs(2);
+    b.open(8, 1);
+    assert!(
+        matches!(b.say(8, join(on("y", 6)))[0], ToNode::Welcome { .. }),
+        "nobody has said anything for two seconds"
+    );
+    // The head's own node is nobody else's.
+    b.open(9, 0);
+    b.say(9, join(NodeInfo { host_id: "x".into(), ..info(0, 1) }));
+    b.open(10, 0);
+    let said = b.say(10, join(NodeInfo { host_id: "y".into(), ..info(0, 9) }));
+    assert!(matches!(&said[..], [ToNode::Refused(r)] if r.kind == RefusalKind::Policy));
 }
 
 #[test]

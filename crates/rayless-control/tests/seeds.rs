@@ -49,7 +49,7 @@ fn fault(w: &mut World, rng: &mut Rng) {
     let (a, b) = (rng.below(hosts) as usize, rng.below(hosts) as usize);
     let driver = (!w.drivers.is_empty()).then(|| rng.below(w.drivers.len() as u64) as usize);
     let name = |w: &World, h: usize| w.hosts[h].name.clone();
-    match rng.below(31) {
+    match rng.below(if w.store.is_some() { 37 } else { 31 }) {
         0..=7 => {
             let placed: Vec<_> = w.reservations.iter().filter(|r| r.state == ReservationState::Placed).collect();
             let within = placed.get(rng.below(4) as usize).and_then(|r| r.id);
@@ -144,6 +144,31 @@ fn fault(w: &mut World, rng: &mut Rng) {
             w.say(format!("> leave {}", name(w, a)));
             w.leave(a);
         }
+        31 => {
+            w.say("> store down");
+            w.store.iter_mut().for_each(|s| s.up = false);
+        }
+        32 => {
+            w.say("> store up");
+            w.store_up();
+        }
+        33 => {
+            w.say(format!("> store cut {}", name(w, a)));
+            w.store.iter_mut().for_each(|s| _ = s.cut.insert(a));
+        }
+        34 => {
+            w.say(format!("> store heal {}", name(w, a)));
+            w.store.iter_mut().for_each(|s| _ = s.cut.remove(&a));
+        }
+        35 => {
+            let delay = Duration::from_millis(rng.below(4) * rng.below(400));
+            w.say(format!("> store delay {delay:?}"));
+            w.store.iter_mut().for_each(|s| s.delay = delay);
+        }
+        36 if !w.hosts[a].paused => {
+            w.say(format!("> freeze {}", name(w, a)));
+            w.freeze(a);
+        }
         28 => {
             w.say(format!("> break {}", name(w, a)));
             w.break_session(a);
@@ -185,10 +210,16 @@ fn storm(seed: u64) -> Result<World, String> {
     let mut rng = Rng(seed);
     let mut w = World::new(seed ^ 0x5eed);
     let hosts = 2 + rng.below(3);
+    // Every other cluster has heads that take turns.
+    let several = seed % 2 == 1;
+    if several {
+        w.use_store(Duration::from_secs(3));
+    }
     for host in 0..hosts {
         let gpus = [0, 4, 8][rng.below(3) as usize];
         let resources = Resources::new().with(GPU, Quantity::whole(gpus)).with(CPU, Quantity::whole(16));
-        w.add_host(&format!("n{host}"), resources);
+        let added = w.add_host(&format!("n{host}"), resources);
+        w.hosts[added].is_head |= several && added < 2;
     }
     for host in 0..w.hosts.len() {
         if rng.percent(70) {
@@ -207,6 +238,11 @@ fn storm(seed: u64) -> Result<World, String> {
     // The storm is over: everything heals, everybody comes back, every driver stops.
     w.say("> the storm is over");
     w.links.clear();
+    w.store_up();
+    w.store.iter_mut().for_each(|s| {
+        s.cut.clear();
+        s.delay = Duration::from_millis(1);
+    });
     for host in 0..w.hosts.len() {
         w.hosts[host].late = Duration::ZERO;
         w.hosts[host].mute = false;

@@ -4,7 +4,7 @@
 //!
 //! 1. [`LinkName`], [`Ticket`], [`LinkConfig`]: what a link is called, what opens it, how it behaves.
 //! 2. [`TensorRef`], [`Schema`], [`DType`]: what a message is. Its description crosses the link once and is cached.
-//! 3. [`SendLink`] and [`RecvLink`]: the calls. [`Wait`] and [`Cancel`] bound them. Nothing here has a thread of its own but [`SendQueue`].
+//! 3. [`SendLink`] and [`RecvLink`]: the calls. [`Wait`] and [`Cancel`] bound them. Only [`SendQueue`] has a thread of its own, and [`shm`] one per process: it watches for peers that die.
 //! 4. [`SendError`], [`RecvError`]: what is still usable after what.
 //! 5. [`transport`]: what moves the bytes, in ordered [`Level`]s: [`shm`], [`rdma`], [`tcp`]. [`select`] picks one and keeps the reasons.
 //! 6. [`SendLink::prove`], [`RecvLink::prove`]: a real transfer before a link is relied on.

@@ -168,6 +168,8 @@ fn no_tcp(place: &Place<'_>, policy: &LinkPolicy) -> Option<String> {
         // Asked for, allowed, or the only way that there is.
         (_, Some(LinkTransport::Tcp), _) | (Some(true), ..) | (_, _, []) => None,
         (None, _, nodes) => {
+            let mut nodes = nodes.to_vec();
+            nodes.sort_unstable();
             let have = if nodes.len() == 1 { "has an RDMA device" } else { "have RDMA devices" };
             Some(format!("node {} {have}, so TCP takes --allow-tcp (RAYLESS_ALLOW_TCP=1)", nodes.join(" and node ")))
         }
@@ -186,7 +188,7 @@ fn hint(from: &End<'_>, to: &End<'_>, place: &Place<'_>, policy: &LinkPolicy) ->
         None if no_tcp(place, policy).is_some() => {
             "repair what keeps RDMA from working (`rayless status` shows each node's devices), or allow TCP with `--allow-tcp`"
         }
-        None => "`rayless status` shows the transports of all links; is a firewall between the nodes?",
+        None => "check that the nodes reach each other on the port that `rayless status` shows for each (a firewall?)",
     }
 }
 
@@ -290,7 +292,7 @@ mod tests {
     #[test]
     fn rdma_does_not_turn_into_tcp_without_a_flag() {
         let ways = [way("erdma_0", "iwarp", "10.0.0.1", 1500)];
-        let place = Place { same_host: false, rdma_nodes: &["a", "b"] };
+        let place = Place { same_host: false, rdma_nodes: &["b", "a"] };
         let (a, b) = (end(0, "a", &ways, ""), end(1, "b", &[], "the memlock limit is 64 KiB"));
         let mut none = plan(&a, &b, &place, &LinkPolicy::default());
         assert_eq!(none.step(), None);

@@ -142,3 +142,54 @@ fn a_damaged_bundle_is_an_error_and_no_panic() {
     bundle.key = vec![0; 7];
     assert!(TlsIdentity::from_bundle(&bundle).is_err());
 }
+
+#[test]
+fn an_older_tls_is_refused_before_a_certificate_is_shown() {
+    let server = node(&token());
+    let client = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+        .with_protocol_versions(&[&rustls::version::TLS12])
+        .unwrap()
+        .with_root_certificates(RootCertStore::empty())
+        .with_no_client_auth();
+    let name = ServerName::try_from("head.rayless").unwrap();
+    let mut client = ClientConnection::new(Arc::new(client), name).unwrap();
+    let mut server = ServerConnection::new(server.tls().server_config()).unwrap();
+    let mut bytes = Vec::new();
+    client.write_tls(&mut bytes).unwrap();
+    server.read_tls(&mut bytes.as_slice()).unwrap();
+    let error = server.process_new_packets().unwrap_err();
+    assert!(matches!(error, rustls::Error::PeerIncompatible(_)), "{error:?}");
+    let mut answer = Vec::new();
+    server.write_tls(&mut answer).unwrap();
+    assert!(answer.len() < 16, "an alert and nothing else: {} bytes", answer.len());
+}
+
+#[test]
+fn a_recorded_session_is_worth_nothing_the_second_time() {
+    let token = token();
+    let (a, b) = (node(&token), node(&token));
+    let name = ServerName::try_from("head.rayless").unwrap();
+    let mut client = ClientConnection::new(a.tls().client_config(), name).unwrap();
+    let mut server = ServerConnection::new(b.tls().server_config()).unwrap();
+    let mut recorded = Vec::new();
+    while client.is_handshaking() || server.is_handshaking() {
+        let mut bytes = Vec::new();
+        client.write_tls(&mut bytes).unwrap();
+        server.read_tls(&mut bytes.as_slice()).unwrap();
+        server.process_new_packets().unwrap();
+        recorded.push(std::mem::take(&mut bytes));
+        server.write_tls(&mut bytes).unwrap();
+        client.read_tls(&mut bytes.as_slice()).unwrap();
+        client.process_new_packets().unwrap();
+    }
+    let mut again = ServerConnection::new(b.tls().server_config()).unwrap();
+    let replayed: Result<Vec<_>, _> = recorded
+        .iter()
+        .map(|bytes| {
+            again.read_tls(&mut bytes.as_slice()).unwrap();
+            again.process_new_packets()
+        })
+        .collect();
+    assert!(replayed.is_err() && again.is_handshaking(), "the same bytes let somebody in twice");
+    assert!(again.peer_certificates().is_none());
+}

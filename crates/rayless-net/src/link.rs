@@ -188,8 +188,14 @@ impl Channel {
     pub fn send(&mut self, frame: &[u8], patience: &Patience<'_>) -> Result<(), ChannelError> {
         let io = |error| ChannelError::from_io(self.address, error);
         let header = header_of(frame.len(), u32::MAX as usize).map_err(|error| io(io::Error::other(error)))?;
-        self.tls.writer().write_all(&[&header, frame].concat()).map_err(io)?;
-        write_all(&self.socket, &mut self.tls, self.address, patience)
+        let whole = [&header, frame].concat();
+        let mut rest = &whole[..];
+        while !rest.is_empty() {
+            // TLS takes what it has room for.
+            rest = &rest[self.tls.writer().write(rest).map_err(io)?..];
+            write_all(&self.socket, &mut self.tls, self.address, patience)?;
+        }
+        Ok(())
     }
 
     /// Receives a frame of up to `limit` bytes, and not a byte more.
@@ -277,7 +283,8 @@ fn read_record(
     };
     fill(0, RECORD_HEADER, &mut record)?;
     let length = usize::from(u16::from_be_bytes([record[3], record[4]]));
-    if length > MAX_RECORD {
+    // What cannot be a record is not waited for.
+    if !(20..=23).contains(&record[0]) || record[1] != 3 || length > MAX_RECORD {
         return Err(ChannelError::Refused(HelloError::NotHello.into()));
     }
     fill(RECORD_HEADER, RECORD_HEADER + length, &mut record)?;

@@ -69,6 +69,20 @@ knobs! {
     STEP_DEADLINE { flag: "step-deadline", env: "RAYLESS_STEP_DEADLINE", value: "SECONDS", default: "300", unit: "s" }
     /// A call without progress for so long has its ranks looked into (a driver's knob); 0 for never [default: 10]
     STUCK_AFTER { flag: "", env: "RAYLESS_STUCK_AFTER", value: "SECONDS", default: "10", unit: "s" }
+    /// Where heads take turns: `etcd://HOST:PORT[,HOST:PORT…][/NAME]`; the first is the head, the others stand by
+    STORE { flag: "store", env: "RAYLESS_STORE", value: "STORE", default: "", unit: "" }
+    /// How long a head's lease in the store holds without being renewed: a standby takes over after it
+    STORE_LEASE { flag: "store-lease", env: "RAYLESS_STORE_LEASE", value: "SECONDS", default: "3", unit: "s" }
+    /// Certificate of the store's authority (PEM): with it the store is spoken to over TLS
+    STORE_CA { flag: "store-ca", env: "RAYLESS_STORE_CA", value: "FILE", default: "", unit: "" }
+    /// Certificate that is shown to the store (PEM)
+    STORE_CERT { flag: "store-cert", env: "RAYLESS_STORE_CERT", value: "FILE", default: "", unit: "" }
+    /// Its key (PEM, mode 0600)
+    STORE_KEY { flag: "store-key", env: "RAYLESS_STORE_KEY", value: "FILE", default: "", unit: "" }
+    /// User of the store
+    STORE_USER { flag: "store-user", env: "RAYLESS_STORE_USER", value: "NAME", default: "", unit: "" }
+    /// File with that user's password (mode 0600)
+    STORE_PASSWORD_FILE { flag: "store-password-file", env: "RAYLESS_STORE_PASSWORD_FILE", value: "FILE", default: "", unit: "" }
     /// Names the host: daemons with the same value share memory [default: boot id and network namespace]
     HOST_ID { flag: "host-id", env: "RAYLESS_HOST_ID", value: "TEXT", default: "", unit: "" }
     /// What moves tensors between this node's workers and others: auto is shared memory on one host, else RDMA
@@ -101,6 +115,14 @@ mod tests {
             if !knob.flag.is_empty() {
                 assert_eq!(knob.env, format!("RAYLESS_{}", knob.flag.to_uppercase().replace('-', "_")));
             }
+        }
+    }
+
+    #[test]
+    fn a_driver_reads_the_variables_of_the_same_names() {
+        for knob in [TRANSPORT, ALLOW_TCP, ENCRYPT_TENSORS, VERIFY_LINKS] {
+            let told = rayless_worker::links::wishes_of(&[(knob.env.to_owned(), "neither".to_owned())]).unwrap_err();
+            assert!(told.to_string().starts_with(knob.env), "{told}");
         }
     }
 }

@@ -7,4 +7,5 @@ pub mod knobs;
 pub mod node_env;
 pub mod run_dir;
 pub mod status_text;
+pub mod store;
 pub mod tokens;

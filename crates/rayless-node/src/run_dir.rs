@@ -9,13 +9,17 @@
 //! | `tokens` | once the token was rotated: the present one, the one before it, what they replaced |
 //! | `node.key` | seed of the leaf key; the node's id is the hash of its public part |
 //! | `incarnation` | counted up at each start |
+//! | `term` | where heads take turns: the cluster and the highest term that this node was a member under |
 //! | `head-state` | head only: a help for its restart, not needed for it |
 //! | `keepers/<group>.sock`, `.pid` | one per group with ranks on this host |
 //! | `logs/<group>/rank-<n>.log` | output of the workers |
 //!
 //! The directory has mode 0700, files 0600.
 
-use rayless_proto::ids::{GroupId, Incarnation};
+use rayless_proto::{
+    ids::{GroupId, Incarnation, Term},
+    v1::control::HeadTerm,
+};
 use rustix::fs::{FlockOperation, Mode};
 use std::{
     env, fs, io,
@@ -171,6 +175,23 @@ impl RunDir {
             source,
         })?;
         Ok(Incarnation(next))
+    }
+
+    /// The highest term that this node was a member under, if it ever was under any.
+    pub fn seen_term(&self) -> Option<HeadTerm> {
+        let text = fs::read_to_string(self.path.join("term")).ok()?;
+        let (cluster, term) = text.trim().split_once(' ')?;
+        Some(HeadTerm { cluster: cluster.parse().ok()?, term: Term(term.parse().ok()?) })
+    }
+
+    /// Keeps it, for later lives of this node.
+    ///
+    /// # Errors
+    /// [`RunDirError::Io`]
+    pub fn keep_term(&self, seen: HeadTerm) -> Result<(), RunDirError> {
+        let path = self.path.join("term");
+        write_atomically(&path, format!("{} {}\n", seen.cluster, seen.term.0).as_bytes())
+            .map_err(|source| RunDirError::Io { what: "write", path, source })
     }
 
     /// The directory itself.

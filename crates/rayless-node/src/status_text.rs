@@ -26,6 +26,12 @@ pub fn status(report: &StatusReport, now: SystemTime) -> String {
     let mut out = String::new();
     let uptime = age(Duration::from_millis(report.uptime_ms));
     let _ = write!(out, "cluster {}  up {uptime}  protocol {}", short(&report.cluster), report.protocol);
+    if report.term.0 > 0 {
+        let standbys: Vec<String> =
+            report.heads.iter().filter(|seat| !seat.active).map(|seat| label(&seat.name, &short(&seat.node))).collect();
+        let standbys = if standbys.is_empty() { "none".to_owned() } else { standbys.join(", ") };
+        let _ = write!(out, "  term {}  standby {standbys}", report.term.0);
+    }
     if report.refused_handshakes > 0 {
         let _ = write!(out, "  refused handshakes {}", report.refused_handshakes);
     }
@@ -370,6 +376,8 @@ mod tests {
         StatusReport {
             cluster: ClusterId([9; 16]),
             head,
+            term: rayless_proto::ids::Term(0),
+            heads: Vec::new(),
             protocol: 1,
             uptime_ms: 65_000,
             refused_handshakes: 1,

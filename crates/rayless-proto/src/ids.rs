@@ -80,6 +80,11 @@ hex_id!(
 #[derive(Archive, Serialize, Deserialize, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 pub struct Incarnation(pub u64);
 
+/// Which head in a row this is, where several take turns (`--store`): counted up in the store with each change, from 1. A head without
+/// a store has term 0. Of two heads of one cluster the one with the lower term has been replaced, whatever it thinks itself.
+#[derive(Archive, Serialize, Deserialize, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
+pub struct Term(pub u64);
+
 /// A worker's place in its group, from 0 to the world size less one.
 pub type Rank = u32;
 

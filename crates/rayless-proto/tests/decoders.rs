@@ -9,7 +9,7 @@ use rayless_proto::{
     codec::{decode, encode},
     hello::{Hello, Purpose},
     v1::{
-        control::{ToHead, ToNode},
+        control::{FromHead, ToHead},
         heartbeat::Heartbeat,
         keeper::{FromKeeper, KeeperConfig, ToKeeper},
         link::{LinkAnswer, LinkBoot, LinkOpening, LinkOutcome, LinkReport},
@@ -86,7 +86,7 @@ macro_rules! check {
 }
 
 check!(node_to_head, ToHead, samples::to_head());
-check!(head_to_node, ToNode, samples::to_node());
+check!(head_to_node, FromHead, samples::from_head());
 check!(client_to_daemon, ClientMessage, samples::client_messages());
 check!(daemon_to_client, DaemonMessage, samples::daemon_messages());
 check!(daemon_to_keeper, ToKeeper, samples::to_keeper());
@@ -123,4 +123,17 @@ proptest! {
             prop_assert_eq!(&beat.encode()[..], &bytes[..]);
         }
     }
+}
+
+#[test]
+fn the_example_of_a_status_is_what_is_shown() {
+    let shown = format!("{:#}\n", samples::report().to_json());
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/json/status.json");
+    if std::env::var_os("WRITE_DOCUMENTS").is_some() {
+        std::fs::write(&path, &shown).unwrap();
+    }
+    assert!(
+        std::fs::read_to_string(&path).unwrap_or_default() == shown,
+        "docs/json/status.json is out of date: run this test with WRITE_DOCUMENTS=1"
+    );
 }

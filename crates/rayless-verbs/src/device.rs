@@ -136,6 +136,59 @@ fn word(path: &Path) -> String {
     fs::read_to_string(path).map(|text| text.trim().to_owned()).unwrap_or_default()
 }
 
+/// Where a PCI device, a GPU say, sits in the machine.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct PciPlace {
+    /// Its place in the PCIe tree.
+    pub path: PathBuf,
+    /// The NUMA node that it hangs on, if the machine says.
+    pub numa_node: Option<u32>,
+}
+
+impl PciPlace {
+    /// The place of the device with this bus id, as NVML (`00000000:17:00.0`), CUDA and lspci (`17:00.0`) write it.
+    /// `None`: there is no such device, or it is no bus id.
+    pub fn of(bus_id: &str) -> Option<Self> {
+        Self::of_in(Path::new("/sys/bus/pci/devices"), bus_id)
+    }
+
+    fn of_in(devices: &Path, bus_id: &str) -> Option<Self> {
+        // The kernel writes the domain with four digits (more where it needs more), NVML with eight.
+        let (domain, rest) = match bus_id.matches(':').count() {
+            1 => (0, bus_id),
+            _ => {
+                bus_id.split_once(':').and_then(|(domain, rest)| Some((u32::from_str_radix(domain, 16).ok()?, rest)))?
+            }
+        };
+        if rest.contains('/') {
+            return None;
+        }
+        let path = fs::canonicalize(devices.join(format!("{domain:04x}:{}", rest.to_lowercase()))).ok()?;
+        let numa_node = word(&path.join("numa_node")).parse().ok();
+        Some(Self { path, numa_node })
+    }
+}
+
+impl Device {
+    /// Steps in the PCIe tree to another device; see [`pci_distance`]. `None`: no common host bridge, or a software device.
+    pub fn distance_to(&self, other: &PciPlace) -> Option<usize> {
+        pci_distance(self.pci_path.as_deref()?, &other.path)
+    }
+
+    /// Whether both hang on one NUMA node, if the machine says.
+    pub fn shares_node_with(&self, other: &PciPlace) -> Option<bool> {
+        Some(self.numa_node? == other.numa_node?)
+    }
+}
+
+/// The device nearest to a GPU: by steps in the PCIe tree, then by NUMA node, then by name. Software devices come last.
+pub fn nearest<'a>(devices: &'a [Device], to: &PciPlace) -> Option<&'a Device> {
+    devices.iter().min_by_key(|device| {
+        let steps = device.distance_to(to).unwrap_or(usize::MAX);
+        (device.pci_path.is_none(), steps, device.shares_node_with(to) == Some(false), &device.name)
+    })
+}
+
 /// Steps between two places in the PCIe tree, up to the nearest common one and down again: under one switch 2 to 4,
 /// more across root ports. `None`: no common host bridge, so the way leads through the processor.
 pub fn pci_distance(a: &Path, b: &Path) -> Option<usize> {
@@ -159,6 +212,54 @@ mod tests {
         assert_eq!(pci_distance(nic, near), Some(4));
         assert_eq!(pci_distance(nic, far), Some(6));
         assert_eq!(pci_distance(nic, other), None);
+    }
+
+    #[test]
+    fn the_nearest_device_shares_a_switch_or_else_a_node_with_the_gpu() {
+        let root = tempfile::tempdir().unwrap();
+        let devices = root.path().join("bus/pci/devices");
+        fs::create_dir_all(&devices).unwrap();
+        let put = |path: &str, node: &str| {
+            let path = root.path().join(path);
+            fs::create_dir_all(&path).unwrap();
+            fs::write(path.join("numa_node"), node).unwrap();
+            std::os::unix::fs::symlink(&path, devices.join(path.file_name().unwrap())).unwrap();
+        };
+        put("pci0000:10/0000:10:01.0/0000:17:00.0", "1\n");
+        put("pci0000:10/0000:10:01.0/0000:18:00.0", "1\n");
+        put("pci0000:10/0000:10:02.0/0000:20:00.0", "1\n");
+        put("pci0000:80/0000:80:01.0/0000:81:00.0", "0\n");
+        put("pci0000:90/0000:90:01.0/0000:91:00.0", "1\n");
+        let place = |bus_id: &str| PciPlace::of_in(&devices, bus_id);
+        let gpu = place("00000000:17:00.0").unwrap();
+        assert_eq!((place("17:00.0").as_ref(), place("0000:17:00.0").as_ref()), (Some(&gpu), Some(&gpu)));
+        for nothing in ["", "0000:99:00.0", "x", "0000:17:00.0/..", "zz:17:00.0", "../17:00.0"] {
+            assert_eq!(place(nothing), None, "{nothing}");
+        }
+        let device = |name: &str, bus_id: &str| {
+            let at = place(bus_id);
+            Device {
+                name: name.to_owned(),
+                numa_node: at.as_ref().and_then(|at| at.numa_node),
+                pci_path: at.map(|at| at.path),
+                kind: Kind::Ib,
+                ports: Vec::new(),
+            }
+        };
+        let mut all = vec![
+            device("rxe0", "none"),
+            device("mlx5_0", "81:00.0"),
+            device("mlx5_1", "91:00.0"),
+            device("mlx5_2", "20:00.0"),
+            device("mlx5_3", "18:00.0"),
+        ];
+        assert_eq!((all[4].distance_to(&gpu), all[4].shares_node_with(&gpu)), (Some(2), Some(true)));
+        assert_eq!((all[3].distance_to(&gpu), all[1].distance_to(&gpu)), (Some(4), None));
+        for expected in ["mlx5_3", "mlx5_2", "mlx5_1", "mlx5_0", "rxe0"] {
+            assert_eq!(nearest(&all, &gpu).unwrap().name, expected);
+            all.retain(|device| device.name != expected);
+        }
+        assert_eq!(nearest(&all, &gpu), None);
     }
 
     #[test]

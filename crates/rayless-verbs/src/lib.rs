@@ -23,7 +23,7 @@ mod reach;
 mod region;
 
 pub use cm::{Listener, MAX_PRIVATE, Request};
-pub use device::{Device, Gid, Kind, Port, devices, pci_distance};
+pub use device::{Device, Gid, Kind, PciPlace, Port, devices, nearest, pci_distance};
 pub use endpoint::{
     Completion, Connected, Endpoint, MAX_BATCH, Operation, Posted, Prepared, Range, RegionId, Remote, Sizes, Work,
     is_connection_error,

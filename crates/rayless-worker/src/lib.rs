@@ -13,6 +13,8 @@
 //! call in order ([`host::Worker::next_call`]); the asked ranks answer through a reply ring of their own, and the last
 //! of them wakes the collector: the driver on its own host, the keeper elsewhere.
 //!
+//! Workers send tensors to each other over [`links`], of which each is agreed on by its two ends.
+//!
 //! This crate exists for shared memory and child processes, so it holds unsafe code: in `ring::map` (mapped memory),
 //! `keeper::child` (what runs between fork and exec) and `retries` (a socket option), nowhere else.
 

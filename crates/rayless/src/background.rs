@@ -10,7 +10,7 @@ use rayless_node::{daemon::Ready, run_dir::RunDir};
 use std::{
     fs,
     io::{self, BufRead as _, BufReader, Read as _, Write as _},
-    os::unix::fs::OpenOptionsExt as _,
+    os::unix::{fs::OpenOptionsExt as _, process::CommandExt as _},
     process::{Command, Stdio},
 };
 
@@ -75,6 +75,40 @@ fn parse_ready(text: &str) -> Option<Ready> {
     Some(Ready { name: fields.next()?, address: fields.next()?, head_address: fields.next()? })
 }
 
+/// Starts this process again, in its own place and with the same arguments, without RAYLESS_TOKEN: the kernel shows the environment that a
+/// process began with for as long as it runs. The token goes through a pipe that is the new stdin. Returns only where that fails.
+pub(crate) fn start_without_variable(token: &Token) -> Failure {
+    let cannot = |error: io::Error| Failure::failed(format_args!("cannot start again without RAYLESS_TOKEN: {error}"));
+    let prepared = || {
+        let (read, mut write) = io::pipe()?;
+        writeln!(write, "{}", token.expose())?;
+        Ok((std::env::current_exe()?, read))
+    };
+    let (exe, read) = match prepared() {
+        Ok(prepared) => prepared,
+        Err(error) => return cannot(error),
+    };
+    let mut again = Command::new(exe);
+    again.args(std::env::args_os().skip(1)).arg("--token-on-stdin").env_remove(TOKEN_VARIABLE).stdin(read);
+    cannot(again.exec())
+}
+
+/// What it left there. Stdin then is /dev/null.
+pub(crate) fn token_on_stdin() -> Result<Token, Failure> {
+    let token = read_token();
+    if let Ok(null) = fs::File::open("/dev/null") {
+        let _ = rustix::stdio::dup2_stdin(&null);
+    }
+    token
+}
+
+fn read_token() -> Result<Token, Failure> {
+    let mut text = String::new();
+    let read = io::stdin().take(256).read_to_string(&mut text);
+    read.map_err(|error| Failure::failed(format_args!("no token from the starter: {error}")))?;
+    text.trim().parse().map_err(|error| Failure::new(Exit::Refused, error))
+}
+
 /// The child's end of the pipes.
 pub(crate) struct Starter {
     /// `None` once the starter has been told how it went.
@@ -92,10 +126,7 @@ impl Starter {
 
     /// The token, from stdin.
     pub(crate) fn token(&self) -> Result<Token, Failure> {
-        let mut text = String::new();
-        let read = io::stdin().take(256).read_to_string(&mut text);
-        read.map_err(|error| Failure::failed(format_args!("no token from the starter: {error}")))?;
-        text.trim().parse().map_err(|error| Failure::new(Exit::Refused, error))
+        read_token()
     }
 
     /// Passes a line of talk on.

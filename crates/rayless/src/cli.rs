@@ -11,6 +11,7 @@ use clap::{
 use rayless_node::{
     inventory::Wishes,
     knobs::{self, Knob},
+    store::StoreAccess,
 };
 use rayless_proto::{
     ids::Rank,
@@ -33,12 +34,13 @@ pub(crate) struct Asked {
 /// The command.
 #[derive(Debug)]
 pub(crate) enum Action {
-    Head(NodeOptions),
+    Head { store: Option<StoreOptions>, node: NodeOptions },
     Join { address: String, wait: Duration, node: NodeOptions },
     Status { json: bool, environment: bool },
     Stop(StopWhat),
     Token(TokenAction),
     Logs(LogOptions),
+    Report { output: Option<PathBuf> },
     BenchLink(Box<crate::bench::LinkOptions>),
     Keeper,
 }
@@ -58,6 +60,16 @@ pub(crate) struct NodeOptions {
     pub(crate) background: bool,
     /// Started by `--daemon`: token on stdin, readiness on stdout.
     pub(crate) child: bool,
+    /// Started again by itself, without RAYLESS_TOKEN in its environment: that is on stdin.
+    pub(crate) token_on_stdin: bool,
+}
+
+/// Where heads take turns.
+#[derive(Debug)]
+pub(crate) struct StoreOptions {
+    pub(crate) address: String,
+    pub(crate) lease: Duration,
+    pub(crate) access: StoreAccess,
 }
 
 /// What `stop` ends.
@@ -98,7 +110,7 @@ pub(crate) fn parse() -> Result<Asked, Failure> {
     };
     let run_dir = matches.get_one::<PathBuf>(knobs::RUN_DIR.flag).cloned();
     let action = match matches.subcommand() {
-        Some(("head", found)) => Action::Head(node_options(found)),
+        Some(("head", found)) => Action::Head { store: store_options(found), node: node_options(found) },
         Some(("join", found)) => Action::Join {
             address: text(found, "address").unwrap_or_default(),
             wait: found.get_one::<Duration>(knobs::WAIT.flag).copied().unwrap_or_default(),
@@ -118,6 +130,7 @@ pub(crate) fn parse() -> Result<Asked, Failure> {
             Some(("rotate", found)) => TokenAction::Rotate { overlap: found.get_one::<Duration>("overlap").copied() },
             _ => TokenAction::New,
         }),
+        Some(("report", found)) => Action::Report { output: found.get_one::<PathBuf>("output").cloned() },
         Some(("logs", found)) => Action::Logs(LogOptions {
             group: text(found, "group"),
             rank: found.get_one::<Rank>("rank").copied(),
@@ -145,6 +158,21 @@ fn text(found: &ArgMatches, name: &str) -> Option<String> {
     found.get_one::<String>(name).cloned()
 }
 
+fn store_options(found: &ArgMatches) -> Option<StoreOptions> {
+    let file = |knob: &Knob| found.get_one::<PathBuf>(knob.flag).cloned();
+    Some(StoreOptions {
+        address: text(found, knobs::STORE.flag)?,
+        lease: found.get_one::<Duration>(knobs::STORE_LEASE.flag).copied().unwrap_or_default(),
+        access: StoreAccess {
+            ca: file(&knobs::STORE_CA),
+            cert: file(&knobs::STORE_CERT),
+            key: file(&knobs::STORE_KEY),
+            user: text(found, knobs::STORE_USER.flag),
+            password_file: file(&knobs::STORE_PASSWORD_FILE),
+        },
+    })
+}
+
 fn node_options(found: &ArgMatches) -> NodeOptions {
     NodeOptions {
         port: found.get_one::<u16>(knobs::PORT.flag).copied().unwrap_or(rayless_proto::limits::DEFAULT_PORT),
@@ -170,6 +198,7 @@ fn node_options(found: &ArgMatches) -> NodeOptions {
         links: link_wishes(found),
         background: found.get_flag("daemon"),
         child: found.get_flag("daemon-child"),
+        token_on_stdin: found.get_flag("token-on-stdin"),
     }
 }
 
@@ -203,11 +232,23 @@ fn command() -> Command {
         .arg(arg(&knobs::RUN_DIR, value_parser!(PathBuf)).global(true))
         .subcommand(
             node_command("head", "Start the head of a new cluster on this host")
-                .arg(arg(&knobs::DEAD_AFTER, ValueParser::new(dead_after))),
+                .arg(arg(&knobs::DEAD_AFTER, ValueParser::new(dead_after)))
+                .arg(arg(&knobs::STORE, ValueParser::new(named)))
+                .arg(arg(&knobs::STORE_LEASE, ValueParser::new(store_lease)))
+                .args(
+                    [&knobs::STORE_CA, &knobs::STORE_CERT, &knobs::STORE_KEY, &knobs::STORE_PASSWORD_FILE]
+                        .map(|knob| arg(knob, value_parser!(PathBuf)).requires(knobs::STORE.flag)),
+                )
+                .arg(arg(&knobs::STORE_USER, ValueParser::new(named)).requires(knobs::STORE.flag)),
         )
         .subcommand(
             node_command("join", "Join this host to the cluster of a head, now or as soon as it is there")
-                .arg(Arg::new("address").value_name("ADDRESS").required(true).help("Head, as HOST[:PORT]"))
+                .arg(
+                    Arg::new("address")
+                        .value_name("ADDRESS")
+                        .required(true)
+                        .help("Head, as HOST[:PORT]; of several that take turns some or all, with commas"),
+                )
                 .arg(arg(&knobs::WAIT, ValueParser::new(seconds)))
                 .arg(
                     arg(&knobs::DEAD_AFTER, ValueParser::new(dead_after)).default_value(None::<&str>).help(
@@ -261,6 +302,18 @@ fn command() -> Command {
                 ),
         )
         .subcommand(
+            Command::new("report")
+                .about("Pack status, events, logs, versions, links, stacks and what this host is like into one file to send to someone")
+                .arg(
+                    Arg::new("output")
+                        .long("output")
+                        .short('o')
+                        .value_name("FILE")
+                        .value_parser(value_parser!(PathBuf))
+                        .help("Where to [default: rayless-report-HOST-TIME.tar.gz in this directory]"),
+                ),
+        )
+        .subcommand(
             Command::new("logs")
                 .about("Show what the workers on this host printed")
                 .arg(
@@ -309,6 +362,7 @@ fn node_command(name: &'static str, about: &'static str) -> Command {
                 .help("Return once the node is ready (for `join`: taken by the head); it goes on in the background"),
         )
         .arg(Arg::new("daemon-child").long("daemon-child").action(ArgAction::SetTrue).hide(true))
+        .arg(Arg::new("token-on-stdin").long("token-on-stdin").action(ArgAction::SetTrue).hide(true))
 }
 
 /// An argument from its knob.
@@ -371,6 +425,15 @@ fn seconds(text: &str) -> Result<Duration, String> {
         return Err("not a number of seconds from 0 to a year".to_owned());
     }
     Ok(Duration::from_secs_f64(number))
+}
+
+fn store_lease(text: &str) -> Result<Duration, String> {
+    let lease = seconds(text)?;
+    // etcd grants whole seconds, and none shorter.
+    if lease < Duration::from_secs(2) || lease > Duration::from_secs(600) || lease.subsec_nanos() != 0 {
+        return Err("2 to 600 whole seconds".to_owned());
+    }
+    Ok(lease)
 }
 
 fn overlap(text: &str) -> Result<Duration, String> {

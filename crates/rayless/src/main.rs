@@ -6,6 +6,7 @@ mod bench;
 mod cli;
 mod logs;
 mod message;
+mod report;
 mod start;
 mod status;
 mod token;
@@ -26,11 +27,12 @@ fn run() -> Result<(), Failure> {
     let asked = cli::parse()?;
     let run = RunDir::resolve(asked.run_dir);
     match asked.action {
-        Action::Head(options) => start::run(&run, None, options),
-        Action::Join { address, wait, node } => start::run(&run, Some(start::JoinOptions { address, wait }), node),
+        Action::Head { store, node } => start::run(&run, start::As::Head(store), node),
+        Action::Join { address, wait, node } => start::run(&run, start::As::Node { address, wait }, node),
         Action::Status { json, environment } => status::status(&run, json, environment),
         Action::Stop(what) => status::stop(&run, &what),
         Action::Token(action) => token::run(&run, &action),
+        Action::Report { output } => report::run(&run, output),
         Action::Logs(options) => logs::run(&run, &options),
         Action::BenchLink(options) => bench::link(&run, &options),
         Action::Keeper => rayless_worker::keeper::run().map_err(Failure::failed),

@@ -2,7 +2,7 @@
 
 use crate::{
     background::{self, Report},
-    cli::NodeOptions,
+    cli::{NodeOptions, StoreOptions},
     message::{Exit, Failure, data, talk},
     token,
 };
@@ -11,6 +11,7 @@ use rayless_node::{
     daemon::{self, DaemonConfig, DaemonError, Ready, Role, Talk},
     knobs,
     run_dir::RunDir,
+    store::StoreConfig,
 };
 use std::{
     fs,
@@ -25,16 +26,18 @@ use tracing_subscriber::{filter::Targets, layer::SubscriberExt as _, util::Subsc
 /// A log longer than this is put aside at a start, so that the two together stay bounded by what happens in one life.
 const LOG_LIMIT: u64 = 16 << 20;
 
-/// What `join` has and `head` has not.
-pub(crate) struct JoinOptions {
-    pub(crate) address: String,
-    pub(crate) wait: Duration,
+/// What the node is to be.
+pub(crate) enum As {
+    /// The head, or with a store one of several.
+    Head(Option<StoreOptions>),
+    /// A node of the cluster of the head at this address.
+    Node { address: String, wait: Duration },
 }
 
 /// Runs the node until it is stopped, or until it is ready where it goes on in the background.
-pub(crate) fn run(run: &RunDir, join: Option<JoinOptions>, options: NodeOptions) -> Result<(), Failure> {
+pub(crate) fn run(run: &RunDir, what: As, options: NodeOptions) -> Result<(), Failure> {
     if options.child {
-        return child(run, join, options);
+        return child(run, what, options);
     }
     run.create().map_err(Failure::failed)?;
     if let Some(pid) = run.daemon_pid() {
@@ -42,15 +45,30 @@ pub(crate) fn run(run: &RunDir, join: Option<JoinOptions>, options: NodeOptions)
         let path = run.path().to_owned();
         return Err(Failure::failed(rayless_node::run_dir::RunDirError::Busy { path, pid }));
     }
-    let is_head = join.is_none();
-    let found = if is_head {
-        token::find_or_make(run, options.token_file.as_deref())?
+    let given = if options.token_on_stdin {
+        Some(background::token_on_stdin()?)
     } else {
-        token::required(run, options.token_file.as_deref())?
+        let given = Token::from_env().map_err(token::failure)?;
+        match &given {
+            Some(token) if !options.background => return Err(background::start_without_variable(token)),
+            _ => given,
+        }
+    };
+    let is_head = matches!(what, As::Head(_));
+    let found = if is_head {
+        token::find_or_make(run, options.token_file.as_deref(), given)?
+    } else {
+        token::required_or(run, options.token_file.as_deref(), given)?
     };
     let file = found.file;
     let on_ready = |ready: &Ready| {
-        if is_head {
+        if is_head && !ready.head_address.is_empty() {
+            let Ready { name, address, head_address } = ready;
+            talk(format_args!(
+                "{name} stands by at {address}; the head is at {head_address}; join from other hosts with:"
+            ));
+            data(join_line(&format!("{head_address},{address}"), &found.token, file.as_deref()));
+        } else if is_head {
             talk(format_args!("head {} is ready at {}; join from the other hosts with:", ready.name, ready.address));
             data(join_line(&ready.address, &found.token, file.as_deref()));
         } else {
@@ -64,7 +82,7 @@ pub(crate) fn run(run: &RunDir, join: Option<JoinOptions>, options: NodeOptions)
         });
     }
     log_to(&run.log());
-    let config = config(run, join, options, found.token.clone())?;
+    let config = config(run, what, options, found.token.clone())?;
     daemon::run(config, &mut |said| match said {
         Talk::Line(line) => talk(line),
         Talk::Ready(ready) => on_ready(&ready),
@@ -73,11 +91,11 @@ pub(crate) fn run(run: &RunDir, join: Option<JoinOptions>, options: NodeOptions)
 }
 
 /// The background process: its words go to the one who started it until it is ready.
-fn child(run: &RunDir, join: Option<JoinOptions>, options: NodeOptions) -> Result<(), Failure> {
+fn child(run: &RunDir, what: As, options: NodeOptions) -> Result<(), Failure> {
     let mut starter = background::Starter::take()?;
     log_to(&run.log());
     let outcome = match starter.token() {
-        Ok(token) => config(run, join, options, token).and_then(|config| {
+        Ok(token) => config(run, what, options, token).and_then(|config| {
             daemon::run(config, &mut |said| match said {
                 Talk::Line(line) => starter.talk(&line),
                 Talk::Ready(ready) => starter.ready(&ready),
@@ -104,12 +122,7 @@ fn join_line(address: &str, token: &Token, file: Option<&Path>) -> String {
     }
 }
 
-fn config(
-    run: &RunDir,
-    join: Option<JoinOptions>,
-    options: NodeOptions,
-    token: Token,
-) -> Result<DaemonConfig, Failure> {
+fn config(run: &RunDir, what: As, options: NodeOptions, token: Token) -> Result<DaemonConfig, Failure> {
     let name = match options.name {
         Some(name) => name,
         None => fs::read_to_string("/proc/sys/kernel/hostname")
@@ -119,9 +132,13 @@ fn config(
         .map_err(|error| Failure::failed(format_args!("cannot find this program: {error}\nhint: is /proc mounted?")))?;
     Ok(DaemonConfig {
         run_dir: run.clone(),
-        role: match join {
-            None => Role::Head,
-            Some(join) => Role::Node { head: join.address, wait: join.wait },
+        role: match what {
+            As::Head(None) => Role::Head,
+            As::Head(Some(StoreOptions { address, lease, access })) => {
+                let store = StoreConfig::new(&address, &access).map_err(|error| Failure::new(Exit::Usage, error))?;
+                Role::OneOfSeveral { store, lease }
+            }
+            As::Node { address, wait } => Role::Node { head: address, wait },
         },
         token,
         port: options.port,

@@ -18,6 +18,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 /// A daemon answers within milliseconds, the head of another host within its `--dead-after`; with neither something hangs.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+/// A report does without sooner: that something hangs is what it is made for.
+const REPORT_LIMIT: Duration = Duration::from_secs(4);
 /// How long `stop` waits for groups to be reaped and a daemon to end; their own limits are shorter.
 const STOP_LIMIT: Duration = Duration::from_secs(20);
 
@@ -76,8 +78,17 @@ fn stop_daemon(client: &mut LocalClient, run: &RunDir) -> Result<(), Failure> {
     Ok(())
 }
 
+/// The state of the cluster, for a report.
+pub(crate) fn look(run: &RunDir) -> Result<StatusReport, Failure> {
+    report_within(&mut connect(run)?, run, REPORT_LIMIT)
+}
+
 fn report(client: &mut LocalClient, run: &RunDir) -> Result<StatusReport, Failure> {
-    match ask(client, run, ClientRequest::Status, ANSWER_LIMIT)?.map_err(failure)? {
+    report_within(client, run, ANSWER_LIMIT)
+}
+
+fn report_within(client: &mut LocalClient, run: &RunDir, limit: Duration) -> Result<StatusReport, Failure> {
+    match ask(client, run, ClientRequest::Status, limit)?.map_err(failure)? {
         ClientReply::Status(report) => Ok(report),
         _ => Err(Failure::failed("the daemon answered another question\nhint: is it of the same version?")),
     }

@@ -24,10 +24,10 @@ pub(crate) struct Found {
     pub(crate) file: Option<PathBuf>,
 }
 
-/// `--token-file`, else RAYLESS_TOKEN, else the file in the run dir; `None` where there is none of them. One that was rotated away in
+/// `--token-file`, else `given` (RAYLESS_TOKEN), else the file in the run dir; `None` where there is none of them. One that was rotated away in
 /// this run dir gives the one that replaced it.
-pub(crate) fn find(run: &RunDir, file: Option<&Path>) -> Result<Option<Found>, Failure> {
-    let Some(given) = find_given(run, file)? else { return Ok(None) };
+fn find(run: &RunDir, file: Option<&Path>, given: Option<Token>) -> Result<Option<Found>, Failure> {
+    let Some(given) = find_given(run, file, given)? else { return Ok(None) };
     let Some(token) = Tokens::successor(run, &given.token).map_err(Failure::failed)? else { return Ok(Some(given)) };
     let place = given.file.map_or_else(|| TOKEN_VARIABLE.to_owned(), |file| file.display().to_string());
     let present = run.token();
@@ -35,12 +35,12 @@ pub(crate) fn find(run: &RunDir, file: Option<&Path>) -> Result<Option<Found>, F
     Ok(Some(Found { token, file: Some(present) }))
 }
 
-fn find_given(run: &RunDir, file: Option<&Path>) -> Result<Option<Found>, Failure> {
+fn find_given(run: &RunDir, file: Option<&Path>, given: Option<Token>) -> Result<Option<Found>, Failure> {
     if let Some(path) = file {
         let token = Token::read_file(path).map_err(failure)?;
         return Ok(Some(Found { token, file: Some(path.to_owned()) }));
     }
-    if let Some(token) = Token::from_env().map_err(failure)? {
+    if let Some(token) = given {
         return Ok(Some(Found { token, file: None }));
     }
     match Token::read_file(&run.token()) {
@@ -51,8 +51,8 @@ fn find_given(run: &RunDir, file: Option<&Path>) -> Result<Option<Found>, Failur
 }
 
 /// For a head: the one found, else a new one in the run dir.
-pub(crate) fn find_or_make(run: &RunDir, file: Option<&Path>) -> Result<Found, Failure> {
-    if let Some(found) = find(run, file)? {
+pub(crate) fn find_or_make(run: &RunDir, file: Option<&Path>, given: Option<Token>) -> Result<Found, Failure> {
+    if let Some(found) = find(run, file, given)? {
         return Ok(found);
     }
     let token = Token::generate().map_err(Failure::failed)?;
@@ -62,7 +62,12 @@ pub(crate) fn find_or_make(run: &RunDir, file: Option<&Path>) -> Result<Found, F
 
 /// For a node that joins: the one found, else an error that says where to get it.
 pub(crate) fn required(run: &RunDir, file: Option<&Path>) -> Result<Found, Failure> {
-    find(run, file)?.ok_or_else(|| {
+    required_or(run, file, Token::from_env().map_err(failure)?)
+}
+
+/// The same where the variable was read already.
+pub(crate) fn required_or(run: &RunDir, file: Option<&Path>, given: Option<Token>) -> Result<Found, Failure> {
+    find(run, file, given)?.ok_or_else(|| {
         Failure::new(
             Exit::Usage,
             "no cluster token\nhint: set RAYLESS_TOKEN or `--token-file`; on the head, `rayless token show` shows it",
@@ -125,7 +130,7 @@ fn rotate(run: &RunDir, overlap: Option<Duration>) -> Result<(), Failure> {
     Ok(())
 }
 
-fn failure(error: TokenError) -> Failure {
+pub(crate) fn failure(error: TokenError) -> Failure {
     let exit = match &error {
         // A token of the wrong form is a token that does not let in.
         TokenError::Malformed { .. } => Exit::Refused,

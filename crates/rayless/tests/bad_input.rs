@@ -103,6 +103,10 @@ fn bad_values_are_usage_errors() {
         &["head", "--cpus", "-1"],
         &["head", "--dead-after", "0.1"],
         &["head", "--port", "70000"],
+        &["head", "--transport", "ib"],
+        &["head", "--rdma-ports", "6463-6400"],
+        &["join", "10.0.0.1", "--rdma-ports", "0-5"],
+        &["head", "--verify-links=maybe"],
         &["join"],
         &["join", "http://host"],
         &["join", "10.0.0.1", "--wait", "soon"],
@@ -112,8 +116,38 @@ fn bad_values_are_usage_errors() {
         let mut command = host.command(args);
         let told = shown(command.env("RAYLESS_TOKEN", token()), Path::new("/nowhere"));
         assert_eq!((told.code, told.stdout.as_str()), (2, ""), "{args:?}: {told:?}");
-        assert!(told.stderr.starts_with("error: "), "{args:?}: {told:?}");
+        assert!(told.stderr.starts_with("error: ") && told.stderr.contains("\nhint: "), "{args:?}: {told:?}");
     }
+}
+
+#[test]
+fn what_links_cannot_be_is_a_usage_error_with_what_they_can() {
+    let host = Host::new(&Cluster::new());
+    check(
+        &host,
+        &["head", "--transport", "ib"],
+        2,
+        "error: invalid value 'ib' for '--transport <auto|rdma|shm|tcp>': not one of auto, rdma, shm, tcp\n\
+         hint: `--help` behind the command shows what can be given\n",
+    );
+    check(
+        &host,
+        &["head", "--bind", "127.0.0.1", "--port", "0", "--transport", "rdma", "--encrypt-tensors"],
+        2,
+        "error: --transport rdma and --encrypt-tensors contradict each other: RDMA carries tensors in clear\n\
+         hint: leave one of them out\n",
+    );
+    let (code, text) = error_of(&host, &["head", "--bind", "127.0.0.1", "--port", "0", "--rdma-device", "nosuch_0"]);
+    assert_eq!(code, 2);
+    assert!(text.starts_with("error: --rdma-device nosuch_0: this host has "), "{text}");
+    assert!(text.contains("\nhint: `ls /sys/class/infiniband` shows the devices"), "{text}");
+    let mut command = host.command(&["head", "--bind", "127.0.0.1", "--port", "0", "--transport", "tcp"]);
+    let told = shown(command.env("RAYLESS_ALLOW_TCP", "0"), Path::new("/nowhere"));
+    assert_eq!(told.code, 2);
+    assert!(
+        told.stderr.starts_with("error: --transport tcp and RAYLESS_ALLOW_TCP=0 contradict each other: "),
+        "{told:?}"
+    );
 }
 
 #[test]

@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Cluster, Host, PATIENCE, is_alive, kill, node, rayless};
+use common::{Cluster, Daemon, Host, PATIENCE, is_alive, kill, node, rayless};
 use rustix::process::Signal;
 use serde_json::Value;
 use std::{
@@ -19,10 +19,10 @@ fn free_port() -> String {
 }
 
 /// Starts a head at a given address.
-fn head_at(host: &Host, port: &str, name: &str) -> common::Daemon {
+fn head_at(host: &Host, port: &str, name: &str) -> Daemon {
     let token = host.token.to_str().unwrap();
     let args = ["head", "--name", name, "--bind", "127.0.0.1", "--port", port, "--token-file", token];
-    let mut daemon = common::Daemon::of(&mut host.command(&args));
+    let mut daemon = Daemon::of(&mut host.command(&args));
     daemon.join_address();
     daemon
 }
@@ -316,7 +316,7 @@ fn a_run_dir_with_a_very_long_path_works() {
     let long = long.to_str().unwrap();
     let token = host.token.to_str().unwrap();
     let args = ["head", "--bind", "127.0.0.1", "--port", "0", "--token-file", token, "--run-dir", long];
-    let mut daemon = common::Daemon::of(&mut rayless(&args));
+    let mut daemon = Daemon::of(&mut rayless(&args));
     daemon.join_address();
     let status = host.run(&["status", "--run-dir", long]);
     assert_eq!(status.code, 0, "{status:?}");
@@ -376,4 +376,49 @@ fn a_full_disk_ends_no_daemon() {
     let told = a.run(&["head", "--bind", "127.0.0.1", "--port", "0", "--token-file", token]);
     assert_eq!(told.code, 1, "{told:?}");
     assert!(told.stderr.contains("No space left on device") && told.stderr.contains("\nhint: "), "{told:?}");
+}
+
+#[test]
+fn a_token_in_the_environment_of_a_foreground_daemon_is_not_left_there() {
+    let cluster = Cluster::new();
+    let host = Host::new(&cluster);
+    let token = fs::read_to_string(&host.token).unwrap();
+    let mut command = host.command(&["head", "--name", "a", "--port", "0", "--bind", "127.0.0.1"]);
+    let mut head = Daemon::of(command.env("RAYLESS_TOKEN", token.trim()));
+    let address = head.join_address();
+    assert_eq!(host.daemon_pid(), head.pid(), "it is the process that was started");
+    for file in ["environ", "cmdline"] {
+        let shown = fs::read(format!("/proc/{}/{file}", head.pid())).unwrap();
+        assert!(!String::from_utf8_lossy(&shown).contains("rl1_"), "{file}");
+    }
+    let other = Host::new(&cluster);
+    let mut node = other.start(&["join", &address, "--name", "b"]);
+    node.says("has joined");
+    assert!(head.is_running());
+}
+
+#[test]
+fn a_copied_node_key_is_refused_on_the_second_host_and_the_first_goes_on() {
+    let cluster = Cluster::new();
+    let [a, b, copy] = std::array::from_fn(|_| Host::new(&cluster));
+    let (_head, address) = a.head(&["--name", "a"]);
+    let mut first = b.start(&["join", &address, "--name", "b"]);
+    first.says("has joined");
+    // Lives of the copy that look older, the same, and newer than that of the original.
+    for lives in 0..3 {
+        let _ = fs::remove_dir_all(copy.run_dir());
+        fs::create_dir_all(copy.run_dir()).unwrap();
+        fs::copy(b.run_dir().join("node.key"), copy.run_dir().join("node.key")).unwrap();
+        fs::write(copy.run_dir().join("incarnation"), format!("{lives}\n")).unwrap();
+        let token = copy.token.to_str().unwrap();
+        let here = ["--token-file", token, "--port", "0", "--bind", "127.0.0.1", "--host-id", "another-host"];
+        let told = copy.run(&[&["join", &address, "--name", "c"], &here[..]].concat());
+        assert_eq!(told.code, 4, "{lives}: {told:?}");
+        assert!(told.stderr.contains("error: node c has the key of node b, which lives on another host"), "{told:?}");
+        assert!(told.stderr.contains("\nhint: a run dir, or the file node.key in it, was copied"), "{told:?}");
+        let status = a.await_nodes(&[("a", "alive"), ("b", "alive")]);
+        assert_eq!(status["nodes"].as_array().unwrap().len(), 2);
+        assert_eq!(node(&status, "b").unwrap()["incarnation"], 1);
+    }
+    assert!(first.is_running());
 }

@@ -20,8 +20,9 @@ from vllm.platforms import current_platform
 from vllm.v1.executor.abstract import Executor
 
 import rayless
-from rayless.exceptions import LinkLostError
+from rayless.exceptions import LinkError
 from rayless.vllm import pipeline
+from rayless.vllm.ending import end_with_front_end
 from rayless.vllm.environment import gpus_per_worker
 from rayless.vllm.placement import describe, make_plans
 from rayless.vllm.preflight import compare, find
@@ -66,6 +67,7 @@ class RaylessExecutor(Executor):
             parallel, "prefill_context_parallel_size", 1
         )
         _refuse_unsupported(self.vllm_config)
+        end_with_front_end()
         self._pipeline_is_ours = parallel.pipeline_parallel_size > 1 and pipeline.is_ours()
 
         on_cpu = current_platform.is_cpu()
@@ -206,8 +208,8 @@ class RaylessExecutor(Executor):
         if callback is not None:
             callback()
 
-    def _lost(self, cause: LinkLostError) -> None:
-        """A link between two stages is lost: so is the group, whose other ranks may be waiting for each other."""
+    def _lost(self, cause: LinkError) -> None:
+        """A link failed in a step: the group is over, for its other ranks may be waiting for what will never come."""
         self._fail(cause)
         self._finalizer()
 
@@ -254,7 +256,7 @@ class _Reply(concurrent.futures.Future[Any]):
         self,
         inner: concurrent.futures.Future[list[Any]],
         finish: Callable[[list[Any]], Any],
-        lost: Callable[[LinkLostError], None],
+        lost: Callable[[LinkError], None],
     ) -> None:
         super().__init__()
         self._inner = inner
@@ -265,7 +267,7 @@ class _Reply(concurrent.futures.Future[Any]):
     def result(self, timeout: float | None = None) -> Any:
         try:
             outputs = self._inner.result(timeout)
-        except LinkLostError as error:
+        except LinkError as error:
             self._lost(error)
             raise
         if self._finish is not None:  # an aggregator changes what it gets: once only

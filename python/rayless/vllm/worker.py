@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayless._worker import current, doing
-from rayless.exceptions import LinkLostError
+from rayless.exceptions import LinkError
 from rayless.vllm import environment, pipeline
 from rayless.vllm.placement import Plan
 from rayless.vllm.preflight import Found, find
@@ -43,6 +43,7 @@ class Worker:
         #: Whether the pipeline's stages talk over links of ours.
         self._links_wanted = pipeline
         self._pipeline: Pipeline | None = None
+        self._link_failure: LinkError | None = None
         self._plan: Plan
         self._config: VllmConfig
         self._worker: Any = None
@@ -142,9 +143,13 @@ class Worker:
         method, args, kwargs, reply_rank = pickle.loads(request)
         doing(method if isinstance(method, str) else "a function of the engine")
         target = getattr(self._worker, method) if isinstance(method, str) else _bind(method, self._worker)
+        if self._link_failure is not None:
+            # What vLLM makes of a step whose first half failed is no answer.
+            raise self._link_failure
         try:
             output = target(*args, **kwargs)
-        except LinkLostError as error:
+        except LinkError as error:
+            self._link_failure = error
             pipeline.let_the_death_be_told(error)
             raise
         if reply_rank is not None and reply_rank != self._plan["rank"]:

@@ -2,10 +2,10 @@
 
 use crate::{SessionId, liveness::Transition};
 use rayless_proto::{
-    ids::{ClusterId, Incarnation, NodeId},
+    ids::{ClusterId, Incarnation, NodeId, Term},
     v1::{
         control::{ToHead, ToNode},
-        status::Event,
+        status::{Event, HeadSeat},
         token::TokenSet,
     },
 };
@@ -16,6 +16,10 @@ use std::time::Duration;
 pub struct HeadConfig {
     /// The node that the head runs on. It joins like any other (over a session of its own, in-process), but is not watched.
     pub node: NodeId,
+    /// Its term; 0 without a store.
+    pub term: Term,
+    /// This head and its standbys; empty without a store.
+    pub heads: Vec<HeadSeat>,
     /// Id of the cluster, fresh from the system's randomness. One restored from a state file wins.
     pub cluster: ClusterId,
     /// Fresh from the system's randomness: group ids come from it.
@@ -73,6 +77,8 @@ pub enum Input {
         /// with this round trip in microseconds (0: not measured).
         rtt_us: u64,
     },
+    /// The standbys have changed: this head and all of them.
+    Heads(Vec<HeadSeat>),
     /// Somebody did not get in: wrong token, malformed, too many at once.
     HandshakeRefused {
         /// `IP:port` it came from.
@@ -123,6 +129,8 @@ pub enum Effect {
         /// Which life.
         incarnation: Incarnation,
     },
+    /// A node has been a member under this term, which is higher: this head has been replaced, and must do nothing any more.
+    Superseded(Term),
     /// The time of the previous token is up: put the current one on disk alone, then hand that in as [`Input::Tokens`].
     EndOverlap,
     /// For the log and for people; `status` has it, too.

@@ -40,11 +40,11 @@ pub use state::RestoreError;
 use crate::SessionId;
 use model::{Brought, Group, Node, PlacementGroup, Requester, Session, StopWait, Waiting};
 use rayless_proto::{
-    ids::{ClusterId, GroupId, NodeId, PlacementGroupId, RequestId},
+    ids::{ClusterId, GroupId, NodeId, PlacementGroupId, RequestId, Term},
     limits::{MAX_EVENTS, MAX_TOMBSTONES},
     v1::{
-        control::{Refusal, RefusalKind, ToHead, ToNode},
-        status::Event,
+        control::{HeadTerm, Refusal, RefusalKind, ToHead, ToNode},
+        status::{Event, HeadSeat},
     },
 };
 use std::{
@@ -118,6 +118,11 @@ impl Head {
         self.config.cluster
     }
 
+    /// In whose name its messages go out.
+    pub const fn by(&self) -> HeadTerm {
+        HeadTerm { cluster: self.config.cluster, term: self.config.term }
+    }
+
     /// Takes one event. Effects are then there to be polled.
     pub fn handle(&mut self, now: Instant, input: Input) {
         match input {
@@ -134,7 +139,10 @@ impl Head {
                         node.rtt_us = rtt_us;
                     }
                 }
+                // It decides nothing, and comes once per node and half second: what follows looks at every node.
+                return;
             }
+            Input::Heads(heads) => self.on_heads(heads),
             Input::HandshakeRefused { from, cause } => {
                 self.refused_handshakes += 1;
                 let line = format!("{from} was refused: {cause}");
@@ -158,7 +166,8 @@ impl Head {
 
     /// When to hand in [`Input::Timer`] at the latest.
     pub fn next_timeout(&self) -> Option<Instant> {
-        let waits = self.queue.iter().map(|w| w.next_report.min(w.until));
+        // Who is doubted is neither told nor refused before the doubt ends.
+        let waits = self.queue.iter().map(|w| w.doubted.map_or_else(|| w.next_report.min(w.until), queue::doubt_ends));
         let stops = self.stops.iter().map(|s| s.until);
         let save = self.dirty.then(|| self.saved.map_or(self.started, |at| at + SAVE_PERIOD));
         let awaited = self.nodes.values().filter(|n| !n.is_gone()).filter_map(|n| n.awaited);
@@ -169,8 +178,11 @@ impl Head {
     fn on_message(&mut self, session: SessionId, message: ToHead, now: Instant) {
         let Some(opened) = self.sessions.get(&session) else { return };
         let from = opened.node;
-        if let ToHead::Join { info, held, ended, held_placement_groups, .. } = message {
-            if !opened.joined {
+        if let ToHead::Join { info, seen, held, ended, held_placement_groups, .. } = message {
+            let higher = seen.filter(|seen| seen.cluster == self.config.cluster && seen.term > self.config.term);
+            if let Some(higher) = higher {
+                self.superseded(session, info.id, &info.name, higher.term, now);
+            } else if !opened.joined {
                 let brought = Brought { held, ended, held_bundles: held_placement_groups };
                 self.on_join(session, info, &brought, now);
             }
@@ -218,6 +230,35 @@ impl Head {
             ToHead::GpuDraining { gpus } => self.on_gpu_draining(from, &gpus),
             ToHead::Update { info } => self.on_update(from, info, now),
             ToHead::TokensHeld { marks, problem } => self.on_tokens_held(from, marks, problem, now),
+        }
+    }
+
+    /// Another head has come after this one: whoever runs it ends it.
+    fn superseded(&mut self, session: SessionId, node: NodeId, name: &str, higher: Term, now: Instant) {
+        let mine = self.config.term.0;
+        let line =
+            format!("node {name} was a member under term {}, this head's is {mine}: it has been replaced", higher.0);
+        let message = if mine == 0 {
+            let cause = format!("node {name} was a member under a head with term {}, this one has no store", higher.0);
+            let hint = "start the head with `--store`, or, if the store is given up for good, remove `term` from the node's run dir";
+            ToNode::Refused(Refusal { kind: RefusalKind::Policy, cause, hint: hint.into() })
+        } else {
+            ToNode::Elsewhere { head: None, cause: line.clone() }
+        };
+        self.note_repeated("head-replaced", line, now);
+        self.turn_away(session, node, message);
+        self.effects.push_back(Effect::Superseded(higher));
+    }
+
+    fn on_heads(&mut self, heads: Vec<HeadSeat>) {
+        if heads == self.config.heads {
+            return;
+        }
+        self.config.heads = heads;
+        let addresses: Vec<String> = self.config.heads.iter().map(|head| head.address.clone()).collect();
+        let nodes: Vec<NodeId> = self.nodes.keys().copied().collect();
+        for node in nodes {
+            self.send(node, ToNode::Heads(addresses.clone()));
         }
     }
 

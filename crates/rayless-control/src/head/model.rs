@@ -14,7 +14,7 @@ use rayless_proto::{
 use rkyv::{Archive, Deserialize, Serialize};
 use std::{
     collections::{BTreeMap, BTreeSet},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 /// An authenticated control session.
@@ -31,6 +31,21 @@ pub(super) struct Brought {
     pub(super) held: Vec<HeldGroup>,
     pub(super) ended: Vec<(GroupId, String)>,
     pub(super) held_bundles: Vec<HeldPlacementGroup>,
+}
+
+/// How long the older of two lives of a node has to show that it still is, when the newer one comes from another host. Its session was replaced, so it dials
+/// within milliseconds; longer than a lost packet or two.
+pub(super) const CONTEST: Duration = Duration::from_millis(1500);
+/// For so long it then is the node, whoever else comes with its key.
+const CONTEST_WON: Duration = Duration::from_secs(60);
+
+/// A second host came with a node's key.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Contest {
+    /// Then; the first one has not been heard of since.
+    Since(Instant),
+    /// The first one dialled again then.
+    Won(Instant),
 }
 
 /// A node that joined at least once.
@@ -51,6 +66,7 @@ pub(super) struct Node {
     pub(super) tokens: Vec<TokenMark>,
     /// Why it could not take those it was sent last.
     pub(super) token_problem: String,
+    pub(super) contest: Option<Contest>,
     /// Why it is dead or left.
     pub(super) cause: String,
     /// When `state` became what it is.
@@ -61,6 +77,17 @@ impl Node {
     /// Whether something may be started on it.
     pub(super) fn is_placeable(&self) -> bool {
         self.state == NodeState::Alive && self.session.is_some()
+    }
+
+    /// Whether `info` comes from another host with this node's key while this one is known to live: the same life cannot be in two places, and a newer
+    /// one was contested and lost. Nor can the head's own, whose session is no network's.
+    pub(super) fn is_claimed_elsewhere(&self, info: &NodeInfo, head: NodeId, now: Instant) -> bool {
+        let won = |at: Instant| now.saturating_duration_since(at) < CONTEST_WON;
+        !self.is_gone()
+            && self.info.host_id != info.host_id
+            && (info.id == head
+                || self.incarnation >= info.incarnation
+                || matches!(self.contest, Some(Contest::Won(at)) if won(at)))
     }
 
     pub(super) fn is_gone(&self) -> bool {

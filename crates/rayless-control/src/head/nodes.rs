@@ -3,7 +3,7 @@
 use super::{
     Effect, Head,
     adopt::Life,
-    model::{Brought, Group, Node, Phase, Requester},
+    model::{Brought, CONTEST, Contest, Group, Node, Phase, Requester},
 };
 use crate::{SessionId, liveness::Transition, pool::Pool};
 use rayless_proto::{
@@ -19,12 +19,17 @@ use std::{collections::BTreeSet, net::IpAddr, time::Instant};
 
 impl Head {
     pub(super) fn on_join(&mut self, session: SessionId, info: NodeInfo, brought: &Brought, now: Instant) {
-        if let Err(refusal) = self.check_join(session, &info) {
+        if let Err(refusal) = self.check_join(session, &info, now) {
             self.note_repeated("node-refused", format!("node {} was refused: {}", info.name, refusal.cause), now);
             self.turn_away(session, info.id, ToNode::Refused(refusal));
             return;
         }
         let (id, incarnation) = (info.id, info.incarnation);
+        if self.is_contested(&info, now) {
+            // It dials again at once; if the other one still lives, so does that.
+            self.effects.push_back(Effect::Close { session });
+            return;
+        }
         let known = self.nodes.get(&id).map(|n| (n.incarnation, n.state, n.cause.clone()));
         let assumed = self.nodes.get(&id).is_some_and(|n| n.awaited.is_some());
         if let Some((present, state, cause)) = &known {
@@ -45,6 +50,7 @@ impl Head {
             head: self.config.node,
             your_address: self.sessions.get(&session).map(|s| s.address.clone()).unwrap_or_default(),
             dead_after_ms: u64::try_from(self.config.dead_after.as_millis()).unwrap_or(u64::MAX),
+            heads: self.config.heads.iter().map(|head| head.address.clone()).collect(),
         };
         self.send(id, welcome);
         let line = match before {
@@ -96,6 +102,7 @@ impl Head {
             awaited: None,
             tokens: Vec::new(),
             token_problem: String::new(),
+            contest: None,
             cause: String::new(),
             since: now,
         });
@@ -126,7 +133,7 @@ impl Head {
         self.nodes.get(&id).is_some_and(|n| n.session.is_some())
     }
 
-    fn check_join(&self, session: SessionId, info: &NodeInfo) -> Result<(), Refusal> {
+    fn check_join(&self, session: SessionId, info: &NodeInfo, now: Instant) -> Result<(), Refusal> {
         let refuse = |kind, cause: String, hint: &str| Err(Refusal { kind, cause, hint: hint.to_owned() });
         let Some(opened) = self.sessions.get(&session) else {
             return refuse(RefusalKind::Policy, "the session is not known".into(), "");
@@ -145,6 +152,12 @@ impl Head {
             let hint = "run the container with `--network=host`, or publish 6379/udp and 6379/tcp and give the outer address with `--bind`";
             return refuse(RefusalKind::Policy, cause, hint);
         }
+        if let Some(known) = self.nodes.get(&info.id).filter(|n| n.is_claimed_elsewhere(info, self.config.node, now)) {
+            let cause =
+                format!("node {} has the key of node {}, which lives on another host", info.name, known.info.name);
+            let hint = "a run dir, or the file node.key in it, was copied: remove node.key here, and this host gets a key of its own";
+            return refuse(RefusalKind::Policy, cause, hint);
+        }
         if let Some(known) = self.nodes.get(&info.id).filter(|n| n.incarnation > info.incarnation) {
             let cause = format!(
                 "node {} comes as life {}, but life {} of it was already here",
@@ -157,7 +170,32 @@ impl Head {
         Ok(())
     }
 
-    fn turn_away(&mut self, session: SessionId, to: NodeId, message: ToNode) {
+    /// Whether a node that counts as alive on one host has yet to show that it does, now that a new life of it comes from another: a container that was
+    /// killed and started again comes like that, and so does a second host with a copy of the key. The older one, if it lives, is back within milliseconds
+    /// (its session was replaced); then the newcomer is refused by [`check_join`](Self::check_join).
+    fn is_contested(&mut self, info: &NodeInfo, now: Instant) -> bool {
+        let Some(node) = self.nodes.get_mut(&info.id) else { return false };
+        if node.info.host_id == info.host_id || node.is_gone() || node.awaited.is_some() {
+            if node.incarnation == info.incarnation && node.contest.is_some() {
+                node.contest = Some(Contest::Won(now));
+            }
+            return false;
+        }
+        match *node.contest.get_or_insert(Contest::Since(now)) {
+            Contest::Since(since) if now.saturating_duration_since(since) >= CONTEST => {
+                node.contest = None;
+                false
+            }
+            Contest::Since(_) => true,
+            // Won long ago, or it would have been refused.
+            Contest::Won(_) => {
+                node.contest = Some(Contest::Since(now));
+                true
+            }
+        }
+    }
+
+    pub(super) fn turn_away(&mut self, session: SessionId, to: NodeId, message: ToNode) {
         self.effects.push_back(Effect::Send { session, to, message });
         self.effects.push_back(Effect::Close { session });
     }

@@ -30,6 +30,8 @@ impl Head {
         StatusReport {
             cluster: self.config.cluster,
             head: self.config.node,
+            term: self.config.term,
+            heads: self.config.heads.clone(),
             protocol: PROTOCOL_MAX,
             uptime_ms: millis(self.started, now),
             refused_handshakes: self.refused_handshakes,

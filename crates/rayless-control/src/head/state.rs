@@ -162,6 +162,7 @@ impl Head {
             awaited: was_here.then_some(now + REJOIN_TIMEOUT),
             tokens: Vec::new(),
             token_problem: String::new(),
+            contest: None,
             cause: if was_here { "it has yet to dial the restarted head".into() } else { saved.cause },
             since: now,
         };

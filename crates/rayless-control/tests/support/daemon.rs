@@ -6,17 +6,17 @@ use super::{
     world::{Event, MS, World, host_of, node_id},
 };
 use rayless_control::{
-    Head, Member, SessionId, head,
+    Candidate, Head, Member, SessionId, head,
     liveness::Detector,
-    member::{self, MemberConfig},
+    member::{self, MemberConfig, Target},
 };
 use rayless_proto::{
-    ids::{ClusterId, GroupId, Incarnation, NodeId, PlacementGroupId, RequestId},
-    v1::control::{HeldGroup, HeldPlacementGroup, RankAllocation, ToHead, ToNode},
+    ids::{ClusterId, GroupId, Incarnation, NodeId, PlacementGroupId, RequestId, Term},
+    v1::control::{FromHead, HeadTerm, HeldGroup, HeldPlacementGroup, RankAllocation, ToHead, ToNode},
 };
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 pub struct HeadSide {
@@ -36,6 +36,8 @@ pub enum Asker {
 pub struct Daemon {
     pub member: Member,
     pub head: Option<HeadSide>,
+    pub candidate: Option<Candidate>,
+    pub candidate_timer: Option<Duration>,
     pub echo: Detector<()>,
     pub requests: BTreeMap<RequestId, (Asker, ToHead)>,
     pub next_request: RequestId,
@@ -52,6 +54,10 @@ impl World {
     /// Starts the daemon: a new life of the node.
     pub fn start(&mut self, host: usize) {
         let now = self.instant();
+        let stands = self.store.is_some();
+        // Where there are several heads, the user names two.
+        let named = if stands { 2 } else { 1 };
+        let joins = [1, 2].iter().take(named).map(|n| Target::At(([10, 0, 0, *n], 6379).into())).collect();
         let h = &mut self.hosts[host];
         if h.daemon.is_some() {
             return;
@@ -60,19 +66,28 @@ impl World {
         h.incarnation += 1;
         h.refused = None;
         let boot = h.boot;
+        let targets = match (h.is_head, stands) {
+            (true, true) => Vec::new(),
+            (true, false) => vec![Target::Here],
+            (false, _) => joins,
+        };
         let config = MemberConfig {
             head: "10.0.0.1:6379".into(),
+            targets,
+            seen: h.seen,
             incarnation: Incarnation(h.incarnation),
             jitter_seed: host as u64 * 7919,
         };
         let saved = h.head_state.clone();
         let is_head = h.is_head;
         let dead_after = self.dead_after;
-        let head = is_head.then(|| {
+        let head = (is_head && !stands).then(|| {
             let mut cluster = [0; 16];
             cluster[..8].copy_from_slice(&self.rng.next().to_le_bytes());
             let config = head::HeadConfig {
                 node: node_id(host),
+                term: Term(0),
+                heads: Vec::new(),
                 cluster: ClusterId(cluster),
                 seed: self.rng.next(),
                 dead_after,
@@ -86,6 +101,8 @@ impl World {
         self.hosts[host].daemon = Some(Daemon {
             member: Member::new(config, now),
             head,
+            candidate: None,
+            candidate_timer: None,
             echo: Detector::new(dead_after),
             requests: BTreeMap::new(),
             next_request: 1,
@@ -98,6 +115,9 @@ impl World {
         });
         let name = self.hosts[host].name.clone();
         self.say(format!("daemon of {name} starts, life {}", self.hosts[host].incarnation));
+        if is_head && stands {
+            self.stand(host);
+        }
         self.hand_in_tokens(host, None);
         self.pump_head(host);
         self.pump_member(host);
@@ -150,6 +170,7 @@ impl World {
             self.on_keeper_reaped(host, group);
         }
         self.member_in(host, member::Input::Leave);
+        self.candidate_in(host, rayless_control::election::Input::Leave);
         self.hosts[host].daemon = None;
         self.hosts[host].boot += 1;
         self.lose_clients(host);
@@ -181,9 +202,14 @@ impl World {
     }
 
     pub fn head_in(&mut self, host: usize, input: head::Input) {
+        if !self.may_decide(host) {
+            return;
+        }
         let now = self.instant();
         let Some(side) = self.hosts[host].daemon.as_mut().and_then(|d| d.head.as_mut()) else { return };
+        let begun = Instant::now();
         side.head.handle(now, input);
+        self.head_time += begun.elapsed();
         self.touched = true;
         self.pump_head(host);
     }
@@ -191,17 +217,27 @@ impl World {
     fn pump_head(&mut self, host: usize) {
         loop {
             let now = self.instant();
+            if !self.may_decide(host) {
+                return;
+            }
             let Some(side) = self.hosts[host].daemon.as_mut().and_then(|d| d.head.as_mut()) else { return };
-            let Some(effect) = side.head.poll_effect() else { break };
+            let by = side.head.by();
+            let begun = Instant::now();
+            let effect = side.head.poll_effect();
+            self.head_time += begun.elapsed();
+            let Some(effect) = effect else { break };
             match effect {
                 head::Effect::Send { session, message, .. } => {
                     if let Some(conn) = self.conn_of_head(session) {
-                        self.send_frame(conn, false, Frame::Down(Box::new(message)));
+                        self.send_frame(conn, false, Frame::Down(Box::new(FromHead { by, message })));
                     }
                 }
                 head::Effect::Close { session } => self.close_from_head(session),
                 head::Effect::Watch { node, incarnation } => side.detector.watch((node, incarnation), now),
                 head::Effect::Unwatch { node, incarnation } => side.detector.forget((node, incarnation)),
+                head::Effect::Superseded(term) => {
+                    self.candidate_in(host, rayless_control::election::Input::Superseded(term));
+                }
                 head::Effect::Notify(event) => self.say(format!("[{}] {}", event.kind, event.cause)),
                 head::Effect::SaveState(bytes) => self.hosts[host].head_state = Some(bytes),
                 head::Effect::EndOverlap => self.end_overlap(host),
@@ -223,14 +259,20 @@ impl World {
             let Some(daemon) = self.hosts[host].daemon.as_mut() else { return };
             let Some(effect) = daemon.member.poll_effect() else { break };
             match effect {
-                member::Effect::Dial(session) => self.dial(host, session),
+                member::Effect::Dial(session, target) => self.dial(host, session, target),
                 member::Effect::Join(session, incarnation) => {
                     let join = self.join_message(host, incarnation);
                     self.send_on(host, session, join);
                 }
                 member::Effect::Send(session, message) => self.send_on(host, session, message),
                 member::Effect::Close(session) => self.close_from_node(host, session),
-                member::Effect::Welcomed { dead_after, .. } => {
+                member::Effect::Welcomed { dead_after, term, cluster, .. } => {
+                    let seen = HeadTerm { cluster, term };
+                    if self.hosts[host].seen.is_some_and(|s| s.cluster == cluster && s.term > term) {
+                        self.broken = Some(format!("{} obeys a head that was replaced", self.hosts[host].name));
+                    }
+                    self.hosts[host].seen = Some(seen);
+                    let Some(daemon) = self.hosts[host].daemon.as_mut() else { return };
                     daemon.echo.set_dead_after(dead_after);
                     daemon.echo.watch((), now);
                     self.on_welcomed(host);
@@ -297,6 +339,7 @@ impl World {
         ToHead::Join {
             info: self.info(host, incarnation.0),
             head_address: "10.0.0.1".into(),
+            seen: h.seen,
             held: held.collect(),
             ended: h.daemon.iter().flat_map(|d| d.ended.iter().cloned()).collect(),
             held_placement_groups: h.daemon.iter().flat_map(|d| d.bundles.values().cloned()).collect(),
@@ -418,6 +461,8 @@ impl World {
             | ToNode::Refused(_)
             | ToNode::Fenced { .. }
             | ToNode::Status { .. }
+            | ToNode::Elsewhere { .. }
+            | ToNode::Heads(_)
             | ToNode::KeeperStopped { .. }
             | ToNode::Notice(_) => {}
         }

@@ -6,6 +6,7 @@
 //! | `world` | time, events, hosts, invariants |
 //! | `wire` | links, control sessions (reliable, in order), heartbeats (neither) |
 //! | `daemon` | what a node's daemon does with the effects |
+//! | `store` | the store that chooses one of several heads |
 //! | `steps` | keepers, drivers and the sessions between them |
 //! | `tokens` | what a daemon does with the cluster's tokens |
 //! | `story` | the script language |
@@ -13,6 +14,7 @@
 
 pub mod daemon;
 pub mod steps;
+pub mod store;
 pub mod story;
 pub mod tokens;
 pub mod wire;

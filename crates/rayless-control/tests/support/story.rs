@@ -10,6 +10,8 @@
 //! cut a b / cut a -> b / cut udp a b / heal a b / delay a b 200ms / jitter a b 50ms / loss a b 30% / duplicates a b 20%
 //! link g 0 1 tcp / unlink g 0 1             # both ends of a link between two ranks tell of it
 //! break b                                   # its session with the head ends
+//! store lease 3s                            # before the first node: several are `head`; nodes join by the addresses of the first two
+//! store down / store up / store forgets / store cut a / store heal a / store delay 300ms / freeze a (its clock stands still; `resume`)
 //! rotate [30s] / finish rotation / cannot finish rotation / disk full b / disk free b
 //! pause b / resume b / late b 450ms / mute b / unmute b / drain b 3 / drained b 3
 //! wait 3s
@@ -199,12 +201,10 @@ impl Story {
                 self.world.leave(host);
             }
             ["lose", "head", "state"] => {
-                let head = self.world.head_host();
-                self.world.hosts[head].head_state = None;
+                self.world.hosts[0].head_state = None;
             }
             ["damage", "head", "state"] => {
-                let head = self.world.head_host();
-                if let Some(last) = self.world.hosts[head].head_state.as_mut().and_then(|s| s.last_mut()) {
+                if let Some(last) = self.world.hosts[0].head_state.as_mut().and_then(|s| s.last_mut()) {
                     *last ^= 1;
                 }
             }
@@ -292,6 +292,16 @@ impl Story {
                 let host = self.host(h)?;
                 self.world.resume(host);
             }
+            ["freeze", h] => {
+                let host = self.host(h)?;
+                self.world.freeze(host);
+            }
+            ["store", "lease", t] => {
+                let t = duration(t)?;
+                self.world.use_store(t);
+            }
+            ["store", "up"] => self.world.store_up(),
+            ["store", what @ ..] => return self.store(what),
             ["late", h, t] => {
                 let host = self.host(h)?;
                 self.world.hosts[host].late = duration(t)?;
@@ -360,6 +370,20 @@ impl Story {
         Ok(())
     }
 
+    fn store(&mut self, what: &[&str]) -> Outcome {
+        let host = what.get(1).and_then(|h| self.world.host(h));
+        let store = self.world.store.as_mut().ok_or("there is no store")?;
+        match (what, host) {
+            (["down"], _) => store.up = false,
+            (["forgets"], _) => store.lose_memory(),
+            (["delay", t], _) => store.delay = duration(t)?,
+            (["cut", _], Some(host)) => drop(store.cut.insert(host)),
+            (["heal", _], Some(host)) => drop(store.cut.remove(&host)),
+            _ => return Err("no such command of the store".into()),
+        }
+        Ok(())
+    }
+
     fn links(&mut self, a: &str, b: &str, change: impl Fn(&mut super::wire::Link)) -> Outcome {
         let (a, b) = (self.host(a)?, self.host(b)?);
         change(self.world.link(a, b));
@@ -376,6 +400,8 @@ impl Story {
         for flag in flags {
             if flag == "off" {
                 off = true;
+            } else if flag == "head" {
+                self.world.hosts[host].is_head = true;
             } else if let Some(address) = flag.strip_prefix("seen as ") {
                 self.world.hosts[host].seen_as = Some(address.to_owned());
             } else if let Some((name, version)) = flag.split_once('=') {
@@ -459,6 +485,34 @@ impl Story {
             _ => Ok(()),
         };
         match words.as_slice() {
+            ["head", "none"] => match self.world.status() {
+                None => Ok(()),
+                Some(status) => Err(format!("but it is {}", self.world.hosts[host_of(status.head)].name)),
+            },
+            ["head", h, rest @ ..] => {
+                let status = self.world.status().ok_or("but there is none")?;
+                let is = (self.world.hosts[host_of(status.head)].name.clone(), format!("{}", status.term.0));
+                let wanted = (*h, rest.get(1).copied().unwrap_or(&is.1));
+                if (is.0.as_str(), is.1.as_str()) == wanted { Ok(()) } else { Err(format!("but it is {is:?}")) }
+            }
+            ["standby", h, rest @ ..] => {
+                let status = self.world.status().ok_or("but there is no head")?;
+                let found = status.heads.iter().any(|seat| seat.name == *h && !seat.active);
+                if found != (rest == ["gone"]) { Ok(()) } else { Err(format!("but the heads are {:?}", status.heads)) }
+            }
+            ["believes", h, ..] => {
+                let host = self.host(h)?;
+                let clock = self.world.lease_clock(host);
+                let daemon = self.world.hosts[host].daemon.as_ref();
+                let holds = daemon.and_then(|d| d.candidate.as_ref()).is_some_and(|c| c.holds(clock));
+                if holds { Ok(()) } else { Err("but it knows that it is not".into()) }
+            }
+            ["follows", h, head] => {
+                let (host, wanted) = (self.host(h)?, self.host(head)?);
+                let welcomed = self.world.hosts[host].daemon.as_ref().is_some_and(|d| d.member.is_welcomed());
+                let is = self.world.head_of(host).filter(|_| welcomed);
+                if is == Some(wanted) { Ok(()) } else { Err(format!("but it follows {is:?}")) }
+            }
             ["node", h, state] => {
                 let status = self.world.status().ok_or("there is no head")?;
                 let node = status.nodes.iter().find(|n| n.name == *h);

@@ -41,7 +41,8 @@ impl World {
         if !lacking.is_empty() {
             return Err(format!("{lacking:?} lack it"));
         }
-        self.end_overlap(self.head_host());
+        let head = self.head_host();
+        self.end_overlap(head);
         Ok(())
     }
 

@@ -1,10 +1,14 @@
 //! Links between hosts; control sessions, which are reliable and in order like QUIC streams; heartbeats, which are neither.
 
 use super::world::{Event, MS, World, node_id};
-use rayless_control::{SessionId, head, liveness::Transition, member};
+use rayless_control::{
+    SessionId, head,
+    liveness::Transition,
+    member::{self, Target},
+};
 use rayless_proto::{
     ids::Incarnation,
-    v1::control::{Refusal, RefusalKind, ToHead, ToNode},
+    v1::control::{FromHead, HeadTerm, Refusal, RefusalKind, ToHead},
 };
 use std::{collections::VecDeque, time::Duration};
 
@@ -48,7 +52,7 @@ impl Default for Link {
 #[derive(Debug, Clone)]
 pub enum Frame {
     Up(Box<ToHead>),
-    Down(Box<ToNode>),
+    Down(Box<FromHead>),
     Close,
 }
 
@@ -107,8 +111,11 @@ impl World {
     }
 
     /// A node dials the head.
-    pub fn dial(&mut self, host: usize, session: SessionId) {
-        let head_host = self.head_host();
+    pub fn dial(&mut self, host: usize, session: SessionId, target: Target) {
+        let head_host = match target {
+            Target::Here => host,
+            Target::At(address) => self.host_at(address).unwrap_or(host),
+        };
         self.conns.push(Conn {
             node_host: host,
             node_boot: self.hosts[host].boot,
@@ -134,7 +141,7 @@ impl World {
             return;
         }
         let reachable = self.passes(host, head, true) && self.passes(head, host, true);
-        let listening = self.hosts[head].daemon.as_ref().is_some_and(|d| d.head.is_some());
+        let listening = self.hosts[head].daemon.as_ref().is_some_and(|d| d.head.is_some() || d.candidate.is_some());
         if !reachable || !listening || self.lost(host, head) {
             // The handshake's packets are sent again until the dial is given up.
             self.after(300 * MS, Event::Dial { conn });
@@ -214,6 +221,15 @@ impl World {
         }
         let (session, member_session) = (c.head_session, c.member_session);
         match (frame, session) {
+            (Frame::Up(_), Some(_)) if self.hosts[host].daemon.as_ref().is_some_and(|d| d.head.is_none()) => {
+                // A standby.
+                let by =
+                    HeadTerm { cluster: rayless_proto::ids::ClusterId([0; 16]), term: rayless_proto::ids::Term(0) };
+                let message = self.not_the_head(host);
+                self.send_frame(conn, false, Frame::Down(Box::new(FromHead { by, message })));
+                self.conns[conn].head_open = false;
+                self.send_frame(conn, false, Frame::Close);
+            }
             (Frame::Up(message), Some(session)) => {
                 self.head_in(host, head::Input::Message { session, message: *message });
             }
@@ -264,6 +280,12 @@ impl World {
         }
     }
 
+    /// The host of the head that this host's session goes to.
+    pub fn head_of(&self, host: usize) -> Option<usize> {
+        let session = self.hosts[host].daemon.as_ref()?.member.session()?;
+        self.conn_of_member(host, session).map(|conn| self.conns[conn].head_host)
+    }
+
     pub fn conn_of_member(&self, host: usize, session: SessionId) -> Option<usize> {
         let boot = self.hosts[host].boot;
         self.conns
@@ -290,7 +312,7 @@ impl World {
         let pause = due.map_or(500 * MS, |at| at.saturating_duration_since(now)).clamp(MS, 500 * MS);
         let late = self.hosts[host].late;
         self.after(pause + late, Event::NetTick { host, boot });
-        if silent && host != self.head_host() {
+        if silent && self.head_of(host) != Some(host) {
             self.member_in(host, member::Input::HeadSilent);
         }
         for ((node, incarnation), transition) in changes {
@@ -338,7 +360,7 @@ impl World {
         }
         let late = self.hosts[host].late;
         self.after(500 * MS + late, Event::Beat { host, boot });
-        let head = self.head_host();
+        let Some(head) = self.head_of(host) else { return };
         let member = self.hosts[host].daemon.as_ref().map(|d| (d.member.is_welcomed(), d.member.incarnation().0));
         if let Some((true, incarnation)) = member
             && host != head
@@ -352,6 +374,7 @@ impl World {
 
     fn send_datagram(&mut self, from: usize, to: usize, beat: Beat) {
         self.messages += 1;
+        self.datagrams += 1;
         if !self.passes(from, to, true) || self.lost(from, to) {
             return;
         }

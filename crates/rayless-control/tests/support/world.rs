@@ -3,14 +3,15 @@
 use super::{
     daemon::Daemon,
     steps::{Driver, KeeperSim, Reservation},
+    store::Store,
     wire::{Beat, Conn, Link},
 };
-use rayless_control::Head;
+use rayless_control::{Head, election};
 use rayless_proto::{
-    ids::{GroupId, NodeId, TokenMark},
+    ids::{GroupId, NodeId, Term, TokenMark},
     resources::{CPU, GPU, Quantity, Resources},
     v1::{
-        control::{GpuInfo, NodeInfo, Refusal},
+        control::{GpuInfo, HeadTerm, NodeInfo, Refusal},
         link::LinkSettings,
         rdma::RdmaInventory,
         status::StatusReport,
@@ -63,6 +64,10 @@ pub enum Event {
     StepBeat { driver: usize, host: usize, to_driver: bool },
     StepEnd { driver: usize, host: usize, to_driver: bool, cause: String, tries: u32 },
     Resume { host: usize },
+    CandidateTimer { host: usize, boot: u64 },
+    StoreAsked { host: usize, boot: u64, request: Box<election::Effect> },
+    StoreSays { host: usize, boot: u64, answer: Box<election::Input> },
+    StoreTick,
 }
 
 pub struct Host {
@@ -74,6 +79,10 @@ pub struct Host {
     pub address: String,
     /// On disk: survives the daemon.
     pub incarnation: u64,
+    pub seen: Option<HeadTerm>,
+    /// For how long its clock stood still with the machine.
+    pub slept: Duration,
+    pub frozen: Option<Duration>,
     pub head_state: Option<Vec<u8>>,
     /// On disk: the tokens that it accepts, the current one first.
     pub tokens: Vec<TokenMark>,
@@ -120,6 +129,15 @@ pub struct World {
     pub touched: bool,
     pub notices: Vec<(String, String)>,
     pub messages: u64,
+    /// Of those, heartbeats.
+    pub datagrams: u64,
+    /// Processor time spent in the head so far, its detector included.
+    pub head_time: Duration,
+    /// Whether the head's books are recounted after every event: not where only time is measured.
+    pub audits: bool,
+    pub store: Option<Store>,
+    /// Every term there ever was, and whose it was.
+    pub active_terms: BTreeMap<Term, usize>,
 }
 
 impl World {
@@ -144,6 +162,11 @@ impl World {
             touched: false,
             notices: Vec::new(),
             messages: 0,
+            datagrams: 0,
+            head_time: Duration::ZERO,
+            audits: true,
+            store: None,
+            active_terms: BTreeMap::new(),
         }
     }
 
@@ -160,9 +183,12 @@ impl World {
             resources,
             gpus,
             versions: vec![("rayless".into(), "0.1.0".into())],
-            is_head: index == 0,
+            is_head: index == 0 && self.store.is_none(),
             address: format!("10.0.{}.{}", index / 250, index % 250 + 1),
             incarnation: 0,
+            seen: None,
+            slept: Duration::ZERO,
+            frozen: None,
             head_state: None,
             tokens: vec![super::tokens::FIRST],
             overlap_ends: None,
@@ -186,12 +212,25 @@ impl World {
         self.hosts.iter().position(|h| h.name == name)
     }
 
-    pub fn head_host(&self) -> usize {
-        0
+    /// Every head that there is; of several the last is the one with the highest term.
+    fn heads(&self) -> Vec<&Head> {
+        let sides = self.hosts.iter().filter_map(|h| h.daemon.as_ref()?.head.as_ref());
+        let mut heads: Vec<&Head> = sides.map(|side| &side.head).collect();
+        heads.sort_by_key(|head| head.by().term);
+        heads
     }
 
     pub fn head(&self) -> Option<&Head> {
-        self.hosts.first()?.daemon.as_ref()?.head.as_ref().map(|h| &h.head)
+        self.heads().pop()
+    }
+
+    /// The host of the head, or the first where there is none.
+    pub fn head_host(&self) -> usize {
+        self.status().map_or(0, |status| host_of(status.head))
+    }
+
+    pub fn host_at(&self, address: std::net::SocketAddr) -> Option<usize> {
+        self.hosts.iter().position(|h| address.ip().to_string() == h.address)
     }
 
     pub fn status(&self) -> Option<StatusReport> {
@@ -278,6 +317,10 @@ impl World {
                 self.on_step_end(driver, host, to_driver, cause, tries);
             }
             Event::Resume { host } => self.resume(host),
+            Event::CandidateTimer { host, boot } => self.on_candidate_timer(host, boot),
+            Event::StoreAsked { host, boot, request } => self.on_store_asked(host, boot, *request),
+            Event::StoreSays { host, boot, answer } => self.on_store_says(host, boot, *answer),
+            Event::StoreTick => self.on_store_tick(),
         }
         self.check();
     }
@@ -289,6 +332,8 @@ impl World {
             | Event::MemberTimer { host, .. }
             | Event::HeadTimer { host, .. }
             | Event::StepTick { host }
+            | Event::CandidateTimer { host, .. }
+            | Event::StoreSays { host, .. }
             | Event::KeeperUp { host, .. }
             | Event::KeeperReaped { host, .. }
             | Event::WorkersReady { host, .. } => *host,
@@ -304,8 +349,14 @@ impl World {
                     *host
                 }
             }
-            Event::Resume { .. } => return None,
+            Event::Resume { .. } | Event::StoreAsked { .. } | Event::StoreTick => return None,
         })
+    }
+
+    /// Like a pause of all its processes, and its clock stands still too (a virtual machine that is moved).
+    pub fn freeze(&mut self, host: usize) {
+        self.hosts[host].paused = true;
+        self.hosts[host].frozen = Some(self.now);
     }
 
     pub fn pause(&mut self, host: usize) {
@@ -315,6 +366,9 @@ impl World {
     /// What waited in its sockets and timers comes all at once, in order; timers of the same kind only once.
     pub fn resume(&mut self, host: usize) {
         self.hosts[host].paused = false;
+        if let Some(since) = self.hosts[host].frozen.take() {
+            self.hosts[host].slept += self.now - since;
+        }
         for event in std::mem::take(&mut self.hosts[host].deferred) {
             self.after(Duration::ZERO, event);
         }
@@ -322,12 +376,14 @@ impl World {
 
     /// What must hold after every event.
     pub fn check(&mut self) {
-        if self.broken.is_some() || !std::mem::take(&mut self.touched) {
+        if !self.audits || self.broken.is_some() || !std::mem::take(&mut self.touched) {
             return;
         }
-        if let Some(Err(broken)) = self.head().map(Head::audit) {
+        let broken = self.heads().into_iter().find_map(|head| head.audit().err());
+        if let Some(broken) = broken {
             self.broken = Some(format!("the head's books: {broken}"));
         }
+        self.check_heads();
     }
 
     /// No device of a host is held twice by keepers that are really there.

@@ -52,6 +52,11 @@ impl ControlSession {
         self.id
     }
 
+    /// Whether this side opened it.
+    pub fn is_ours(&self) -> bool {
+        self.link.is_ours()
+    }
+
     /// The node at the other end, as its key proves.
     pub fn peer(&self) -> NodeId {
         self.link.peer().node

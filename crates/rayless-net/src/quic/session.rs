@@ -132,6 +132,11 @@ impl Link {
         self.peer
     }
 
+    /// Whether this side opened it.
+    pub fn is_ours(&self) -> bool {
+        self.connection.side().is_client()
+    }
+
     /// What the session is for.
     pub fn purpose(&self) -> Purpose {
         self.purpose

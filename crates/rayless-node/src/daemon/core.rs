@@ -8,6 +8,7 @@ use super::{
     asked::{Client, Pending},
     event::{ClientId, Event, Events},
     keepers::Keeper,
+    stand::{Stand, next_news},
     wire::{News, Wire},
 };
 use crate::{
@@ -15,19 +16,23 @@ use crate::{
     run_dir::{self, RunDir},
     tokens::Tokens,
 };
-use rayless_control::{Head, Member, SessionId, head, member};
+use rayless_control::{
+    Head, Member, SessionId, election, head,
+    member::{self, Target},
+};
 use rayless_net::identity::{ClusterIdentity, NodeKey};
 use rayless_proto::{
     ids::{GroupId, NodeId, PlacementGroupId, RequestId},
     limits::REAP_TIMEOUT,
     v1::{
-        control::{HeldGroup, HeldPlacementGroup, NodeInfo, RefusalKind, ToHead, ToNode},
+        control::{FromHead, HeadTerm, HeldGroup, HeldPlacementGroup, NodeInfo, RefusalKind, ToHead, ToNode},
         local::ClientReply,
         status::NodeState,
     },
 };
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
+    net::SocketAddr,
     path::PathBuf,
     time::{Duration, Instant},
 };
@@ -61,12 +66,21 @@ pub(crate) struct Core {
     pub(crate) step_deadline: Duration,
     /// The head as the user named it; empty on the head.
     pub(crate) head_address: String,
+    /// The one that the user named, where it was one.
+    pub(crate) named: Option<SocketAddr>,
     /// IP address of the head as this node dials it.
     pub(crate) head_ip: String,
     pub(crate) wire: Wire,
     pub(crate) events: Events,
     pub(crate) member: Member,
+    /// The head, while it is in this process.
     pub(crate) head: Option<Head>,
+    /// Where heads take turns: this daemon's part in that.
+    pub(crate) stand: Option<Stand>,
+    /// The highest term that this node was ever a member under.
+    pub(crate) seen: Option<HeadTerm>,
+    /// Which of several heads is being dialled.
+    pub(crate) dialled: Option<SocketAddr>,
     /// This node's session with the head in the same process: as the member and as the head number it.
     pub(crate) inside: Option<(SessionId, SessionId)>,
     pub(crate) keepers: BTreeMap<GroupId, Keeper>,
@@ -118,6 +132,8 @@ impl Core {
         mut queue: mpsc::Receiver<Event>,
         talk: &mut dyn FnMut(Talk),
     ) -> Result<(), DaemonError> {
+        // What it wants from the start.
+        self.stand_for(election::Input::Timer);
         loop {
             self.carry_out(talk)?;
             if let Flow::End = self.on_time(Instant::now(), talk)? {
@@ -136,10 +152,12 @@ impl Core {
                     Some(News::HeadInDoubt(doubt)) => self.head_in_doubt(doubt),
                     None => return Err(DaemonError::Failed("the network thread has ended".to_owned())),
                 },
+                news = next_news(&mut self.stand) => self.store_says(news)?,
                 () = sleep_until(wake) => {}
             }
         }
         self.carry_out(talk)?;
+        self.stand_no_more().await;
         // Answers that are under way reach their clients: their writers run before this task is polled again.
         for client in self.clients.values_mut() {
             client.close();
@@ -179,10 +197,15 @@ impl Core {
     fn carry_out(&mut self, talk: &mut dyn FnMut(Talk)) -> Result<(), DaemonError> {
         loop {
             let now = Instant::now();
+            for line in self.take_said() {
+                talk(Talk::Line(line));
+            }
             if let Some(effect) = self.member.poll_effect() {
                 self.member_effect(effect, now, talk)?;
-            } else if let Some(effect) = self.head.as_mut().and_then(Head::poll_effect) {
-                self.head_effect(effect, now);
+            } else if self.may_decide()
+                && let Some((effect, by)) = self.head.as_mut().and_then(|head| Some((head.poll_effect()?, head.by())))
+            {
+                self.head_effect(effect, by, now);
             } else {
                 return Ok(());
             }
@@ -196,15 +219,26 @@ impl Core {
         talk: &mut dyn FnMut(Talk),
     ) -> Result<(), DaemonError> {
         match effect {
-            member::Effect::Dial(session) => match &mut self.head {
+            member::Effect::Dial(session, Target::At(address)) => {
+                self.dialled = Some(address);
+                self.head_ip = address.ip().to_string();
+                self.wire.dial(session, address);
+            }
+            member::Effect::Dial(session, Target::Here) => match &mut self.head {
                 Some(head) => {
+                    self.wire.stay();
+                    self.dialled = None;
+                    self.head_ip.clone_from(&self.info.address);
                     let inside = self.wire.number_session();
                     self.inside = Some((session, inside));
                     let node = self.info.id;
                     head.handle(now, head::Input::SessionOpened { session: inside, node, address: String::new() });
                     self.member.handle(now, member::Input::Connected(session));
                 }
-                None => self.wire.dial(session),
+                None => {
+                    let gone = member::DialError::Unreachable("this daemon is no longer the head".to_owned());
+                    self.member.handle(now, member::Input::DialFailed(session, gone));
+                }
             },
             member::Effect::Join(session, incarnation) => {
                 self.info.incarnation = incarnation;
@@ -218,10 +252,14 @@ impl Core {
                     self.inside = None;
                     head.handle(now, head::Input::SessionClosed { session: inside });
                 }
-                (Some(_), _) => {}
-                (None, _) => self.wire.hang_up(session),
+                _ => self.wire.hang_up(session),
             },
-            member::Effect::Welcomed { head, your_address, dead_after, first, .. } => {
+            member::Effect::Welcomed { cluster, term, head, your_address, dead_after, first, .. } => {
+                self.keep_term(HeadTerm { cluster, term });
+                // The head may be another one than the user named.
+                if let Some(dialled) = self.dialled.filter(|dialled| self.named != Some(*dialled)) {
+                    self.head_address = dialled.to_string();
+                }
                 self.dead_after = self.own_dead_after.unwrap_or(dead_after);
                 self.wire.welcomed(head, self.dead_after);
                 tracing::info!(head = %head.short(), your_address, "member of the cluster");
@@ -235,13 +273,16 @@ impl Core {
                         address: self.address(),
                         head_address: self.head_address.clone(),
                     }));
-                } else {
+                } else if self.head.is_none() {
                     talk(Talk::Line(format!("back in the cluster of {}", self.head_address)));
                 }
             }
             member::Effect::Lost(cause) => {
                 self.wire.lost();
-                talk(Talk::Line(format!("lost the head at {}: {cause}; groups go on", self.head_address)));
+                // To be the head itself, or no longer, is said by itself.
+                if self.dialled.is_some() && self.head.is_none() {
+                    talk(Talk::Line(format!("lost the head at {}: {cause}; groups go on", self.head_address)));
+                }
                 self.head_is_lost(now);
             }
             member::Effect::Deliver(message) => self.head_said(message, now),
@@ -274,7 +315,7 @@ impl Core {
         Ok(())
     }
 
-    fn head_effect(&mut self, effect: head::Effect, now: Instant) {
+    fn head_effect(&mut self, effect: head::Effect, by: HeadTerm, now: Instant) {
         match effect {
             head::Effect::Send { session, mut message, .. } => {
                 if let ToNode::Status { report, .. } = &mut message {
@@ -283,9 +324,9 @@ impl Core {
                 }
                 match self.inside {
                     Some((mine, inside)) if inside == session => {
-                        self.member.handle(now, member::Input::Message(mine, message));
+                        self.member.handle(now, member::Input::Message(mine, FromHead { by, message }));
                     }
-                    _ => self.wire.send_down(session, &message),
+                    _ => self.wire.send_down(session, &FromHead { by, message }),
                 }
             }
             head::Effect::Close { session } => match self.inside {
@@ -297,8 +338,11 @@ impl Core {
             },
             head::Effect::Watch { node, incarnation } => self.wire.watch(node, incarnation),
             head::Effect::Unwatch { node, incarnation } => self.wire.unwatch(node, incarnation),
+            head::Effect::Superseded(term) => self.stand_for(election::Input::Superseded(term)),
             head::Effect::EndOverlap => self.end_overlap(now),
             head::Effect::Notify(event) => tracing::info!("{}: {}", event.kind, event.cause),
+            // The next head is another daemon, as a rule, and this one's view of today is wrong when it comes back.
+            head::Effect::SaveState(_) if self.stand.is_some() => {}
             head::Effect::SaveState(bytes) => match run_dir::write_atomically(&self.run.head_state(), &bytes) {
                 Ok(()) => self.save_failed = false,
                 // A full disk is no reason to end: nodes bring what they hold.
@@ -312,6 +356,12 @@ impl Core {
     }
 
     pub(crate) fn head_takes(&mut self, input: head::Input, now: Instant) {
+        if !self.may_decide() {
+            if let head::Input::Message { session, .. } = &input {
+                self.not_the_head(*session, &input);
+            }
+            return;
+        }
         if matches!(&input, head::Input::Message { message: ToHead::Status { .. }, .. }) {
             self.tell_heard(now);
         }
@@ -330,12 +380,11 @@ impl Core {
 
     /// Sends to the head, wherever it is.
     pub(crate) fn send_up(&mut self, session: SessionId, message: ToHead, now: Instant) {
-        match (self.head.is_some(), self.inside) {
-            (true, Some((mine, inside))) if mine == session => {
+        match self.inside {
+            Some((mine, inside)) if mine == session => {
                 self.head_takes(head::Input::Message { session: inside, message }, now);
             }
-            (true, _) => {}
-            (false, _) => self.wire.send_up(session, &message),
+            _ => self.wire.send_up(session, &message),
         }
     }
 
@@ -351,6 +400,7 @@ impl Core {
         ToHead::Join {
             info: self.info.clone(),
             head_address: self.head_ip.clone(),
+            seen: self.seen,
             held: held.cloned().collect(),
             ended: self.ended.iter().cloned().collect(),
             held_placement_groups: self.placement_groups.values().cloned().collect(),
@@ -362,7 +412,9 @@ impl Core {
         if self.member.next_timeout().is_some_and(|at| at <= now) {
             self.member.handle(now, member::Input::Timer);
         }
-        if let Some(head) = &mut self.head
+        self.stand_on_time();
+        if self.may_decide()
+            && let Some(head) = &mut self.head
             && head.next_timeout().is_some_and(|at| at <= now)
         {
             head.handle(now, head::Input::Timer);
@@ -451,8 +503,9 @@ impl Core {
         let wait = self.wait.filter(|wait| !wait.is_zero()).map(|wait| self.started + wait);
         let reports = self.keepers.values().filter_map(|keeper| keeper.next_report(STATE_REPORT_PERIOD)).min();
         let head = self.head.as_ref().and_then(Head::next_timeout);
+        let stand = self.stand.as_ref().and_then(Stand::next_timeout);
         let look = (!self.keepers.is_empty()).then_some(self.next_look);
-        [self.member.next_timeout(), head, phase, wait, reports, look, self.next_wait_report()]
+        [self.member.next_timeout(), head, stand, phase, wait, reports, look, self.next_wait_report()]
             .into_iter()
             .flatten()
             .min()
@@ -480,10 +533,27 @@ impl Core {
 
     /// Why there is no head, for a client.
     pub(crate) fn no_head_refusal(&self) -> rayless_proto::v1::control::Refusal {
+        if let Some(refusal) = self.no_head_because_of_store() {
+            return refusal;
+        }
         rayless_proto::v1::control::Refusal {
             kind: RefusalKind::NoHead,
             cause: self.member.waiting_for().unwrap_or_else(|| "the head did not answer".to_owned()),
             hint: format!("start `rayless head` on {}; running groups go on without it", self.head_address),
+        }
+    }
+
+    /// A later life of this node must refuse heads that this one has seen replaced.
+    fn keep_term(&mut self, seen: HeadTerm) {
+        if self.seen == Some(seen) {
+            return;
+        }
+        self.seen = Some(seen);
+        // A head without a store has no terms.
+        if seen.term.0 > 0
+            && let Err(error) = self.run.keep_term(seen)
+        {
+            tracing::error!(%error, "the term is not saved; a restart of this daemon would not know that earlier heads were replaced");
         }
     }
 

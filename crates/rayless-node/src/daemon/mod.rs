@@ -11,21 +11,28 @@ mod event;
 mod groups;
 mod keepers;
 mod requests;
+mod stand;
 mod tokens;
 mod wire;
 
 use self::{
     core::{Core, Phase},
     event::{Event, Events},
+    stand::Stand,
     wire::Wire,
 };
 use crate::{
     inventory::{self, Inventory, Wishes, gpu, rdma},
     node_env,
     run_dir::{RunDir, RunDirLock},
+    store::StoreConfig,
     tokens::Tokens,
 };
-use rayless_control::{Head, Member, head::HeadConfig, member::MemberConfig};
+use rayless_control::{
+    Head, Member,
+    head::HeadConfig,
+    member::{MemberConfig, Target},
+};
 use rayless_net::{
     counters::Counters,
     identity::{ClusterIdentity, NodeKey},
@@ -35,12 +42,13 @@ use rayless_net::{
     unix,
 };
 use rayless_proto::{
-    ids::{ClusterId, Incarnation},
+    ids::{ClusterId, Incarnation, Term},
     limits::{DEAD_AFTER, DEFAULT_PORT, WAIT_REPORT_PERIOD},
     v1::{
         control::{NodeInfo, Refusal, RefusalKind},
         link::{LinkSettings, LinkTransport},
         rdma::RdmaInventory,
+        status::HeadSeat,
     },
 };
 use std::{
@@ -89,13 +97,20 @@ pub struct DaemonConfig {
 }
 
 /// What a daemon is in its cluster.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub enum Role {
     /// Starts the cluster, or goes on with it after a restart.
     Head,
+    /// The head, or a standby: whoever is first in the store.
+    OneOfSeveral {
+        /// The store.
+        store: StoreConfig,
+        /// How long a lease in it holds.
+        lease: Duration,
+    },
     /// Joins it.
     Node {
-        /// `HOST[:PORT]` of the head.
+        /// `HOST[:PORT]` of the head, or of several that take turns, with commas.
         head: String,
         /// How long to wait for it; 0 refuses at once.
         wait: Duration,
@@ -118,7 +133,7 @@ pub struct Ready {
     pub name: String,
     /// `IP:port` at which others reach it.
     pub address: String,
-    /// The head as the user named it; empty on the head.
+    /// The head as the user named it; empty on the head. On a standby `IP:port` of the head.
     pub head_address: String,
 }
 
@@ -193,17 +208,18 @@ async fn start(config: DaemonConfig, lock: RunDirLock, talk: &mut dyn FnMut(Talk
     let tokens = Tokens::load(&config.run_dir, &config.token, SystemTime::now()).map_err(failed)?;
     tokens.save_plain(&config.run_dir).map_err(|error| failed(format!("cannot write the token file: {error}")))?;
     let identity = ClusterIdentity::from_tokens(tokens.current(), tokens.previous(), &key).map_err(failed)?;
-    let (head_text, head_address, wait) = match &config.role {
-        Role::Head => (String::new(), None, None),
+    let (head_text, addresses, wait) = match &config.role {
+        Role::Head | Role::OneOfSeveral { .. } => (String::new(), Vec::new(), None),
         Role::Node { head, wait } => {
-            let (text, address) = resolve(head, *wait, talk).await?;
-            (text, Some(address), Some(*wait))
+            let (text, addresses) = resolve(head, *wait, talk).await?;
+            (text, addresses, Some(*wait))
         }
     };
+    let head_address = addresses.first().copied();
     let choice = choose_address(config.bind.as_deref(), head_address)?;
     let counters = Arc::new(Counters::default());
     let (events, queue) = mpsc::channel(event::QUEUE);
-    let (wire, port, listener) = open_port(&config, &choice, head_address, &identity, &counters)?;
+    let (wire, port, listener) = open_port(&config, &choice, &identity, &counters)?;
     let socket = unix::bind(&config.run_dir.socket()).map_err(failed)?;
     let incarnation = config.run_dir.next_incarnation().map_err(failed)?;
     let info = NodeInfo {
@@ -218,10 +234,21 @@ async fn start(config: DaemonConfig, lock: RunDirLock, talk: &mut dyn FnMut(Talk
         talk(Talk::Line(format!("found {} running groups of an earlier daemon", keepers.len())));
     }
     let dead_after = config.dead_after.unwrap_or(DEAD_AFTER);
-    let head = match config.role {
-        Role::Head => Some(open_head(&config, &info, dead_after, started)?),
-        Role::Node { .. } => None,
+    let seen = config.run_dir.seen_term();
+    let (head, stand, targets) = match &config.role {
+        Role::Head => (Some(open_head(&config, &info, dead_after, started)?), None, vec![Target::Here]),
+        Role::OneOfSeveral { store, lease } => {
+            // A head that was alone so far brings its cluster's id along.
+            let cluster = open_head(&config, &info, dead_after, started)?.cluster();
+            let address = SocketAddr::new(choice.address, port).to_string();
+            let seat = HeadSeat { node: info.id, name: info.name.clone(), address, active: false };
+            let names = identity.authority_names();
+            let stand = Stand::new(store.clone(), *lease, seat, names, cluster, seen);
+            (None, Some(stand), Vec::new())
+        }
+        Role::Node { .. } => (None, None, addresses.iter().copied().map(Target::At).collect()),
     };
+    let named = if addresses.len() == 1 { addresses.first().copied() } else { None };
     tell_of_rdma(&info, talk);
     if inventory.gpus_unknown {
         probe_gpus(events.clone());
@@ -230,6 +257,8 @@ async fn start(config: DaemonConfig, lock: RunDirLock, talk: &mut dyn FnMut(Talk
     let member = Member::new(
         MemberConfig {
             head: head_text.clone(),
+            targets,
+            seen,
             incarnation,
             jitter_seed: u64::from_le_bytes(std::array::from_fn(|at| info.id.0[at])),
         },
@@ -247,6 +276,10 @@ async fn start(config: DaemonConfig, lock: RunDirLock, talk: &mut dyn FnMut(Talk
         own_dead_after: config.dead_after,
         step_deadline: config.step_deadline,
         head_address: head_text,
+        named,
+        stand,
+        seen,
+        dialled: None,
         head_ip: head_address.map_or_else(|| info.address.clone(), |address| address.ip().to_string()),
         info,
         wire,
@@ -280,22 +313,33 @@ async fn start(config: DaemonConfig, lock: RunDirLock, talk: &mut dyn FnMut(Talk
     outcome
 }
 
-/// The head's address. A name that does not resolve yet is waited for, like a head that is not there yet.
-async fn resolve(given: &str, wait: Duration, talk: &mut dyn FnMut(Talk)) -> Result<(String, SocketAddr), DaemonError> {
-    let text = with_port(given)?;
-    if let Ok(address) = text.parse() {
-        return Ok((text, address));
-    }
+/// The heads' addresses. A name that does not resolve yet is waited for, like a head that is not there yet; of several, one that
+/// does is enough.
+async fn resolve(
+    given: &str,
+    wait: Duration,
+    talk: &mut dyn FnMut(Talk),
+) -> Result<(String, Vec<SocketAddr>), DaemonError> {
+    let texts: Vec<String> = given.split(',').map(|one| with_port(one.trim())).collect::<Result<_, _>>()?;
+    let text = texts.join(",");
     let started = Instant::now();
     let mut told: Option<Instant> = None;
     loop {
-        // Workers and libraries around vLLM are happier with IPv4; a host that has only the other is taken as well.
-        let found = tokio::net::lookup_host(&text).await.map(|found| found.min_by_key(SocketAddr::is_ipv6));
-        let cause = match found {
-            Ok(Some(address)) => return Ok((text, address)),
-            Ok(None) => "it has no address".to_owned(),
-            Err(error) => error.to_string(),
-        };
+        let mut found: Vec<SocketAddr> = Vec::new();
+        let mut cause = String::new();
+        for one in &texts {
+            match look_up(one).await {
+                Ok(address) if found.contains(&address) => {}
+                Ok(address) => found.push(address),
+                Err(error) => cause = error,
+            }
+        }
+        if !found.is_empty() {
+            if !cause.is_empty() {
+                talk(Talk::Line(format!("not all of the heads {text} are found: {cause}")));
+            }
+            return Ok((text, found));
+        }
         if started.elapsed() >= wait {
             return Err(DaemonError::NoHead(format!(
                 "no head at {text}: {cause}\nhint: give the head's IP address, or check the name with `getent hosts`"
@@ -311,6 +355,15 @@ async fn resolve(given: &str, wait: Duration, talk: &mut dyn FnMut(Talk)) -> Res
         }
         tokio::time::sleep(Duration::from_secs(1)).await;
     }
+}
+
+async fn look_up(text: &str) -> Result<SocketAddr, String> {
+    if let Ok(address) = text.parse() {
+        return Ok(address);
+    }
+    // Workers and libraries around vLLM are happier with IPv4; a host that has only the other is taken as well.
+    let found = tokio::net::lookup_host(text).await.map_err(|error| error.to_string())?;
+    found.min_by_key(SocketAddr::is_ipv6).ok_or_else(|| "it has no address".to_owned())
 }
 
 /// `host`, `host:port`, `IPv6`, `[IPv6]:port`: with the port in any case.
@@ -350,7 +403,6 @@ fn choose_address(bind: Option<&str>, head: Option<SocketAddr>) -> Result<Choice
 fn open_port(
     config: &DaemonConfig,
     choice: &Choice,
-    head: Option<SocketAddr>,
     identity: &ClusterIdentity,
     counters: &Arc<Counters>,
 ) -> Result<(Wire, u16, TcpListener), DaemonError> {
@@ -359,7 +411,8 @@ fn open_port(
         let listener = tcp::listen(SocketAddr::new(choice.address, config.port)).map_err(failed)?;
         let bound = listener.local_addr().map_err(failed)?;
         let dead_after = config.dead_after.unwrap_or(DEAD_AFTER);
-        match Wire::open(bound, head, identity, counters.clone(), dead_after) {
+        let listens = !matches!(config.role, Role::Node { .. });
+        match Wire::open(bound, listens, identity, counters.clone(), dead_after) {
             Ok(wire) => return Ok((wire, bound.port(), listener)),
             Err(_) if config.port == 0 && tries < 16 => tries += 1,
             Err(error) => return Err(error),
@@ -419,12 +472,12 @@ fn open_head(config: &DaemonConfig, info: &NodeInfo, dead_after: Duration, now: 
     getrandom::fill(&mut random).map_err(|error| failed(format!("no random numbers from the system: {error}")))?;
     let head = HeadConfig {
         node: info.id,
+        term: Term(0),
+        heads: Vec::new(),
         cluster: ClusterId(std::array::from_fn(|at| random[at])),
         seed: u64::from_le_bytes(std::array::from_fn(|at| random[16 + at])),
         dead_after,
-        unix_us: SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .map_or(0, |since| u64::try_from(since.as_micros()).unwrap_or(u64::MAX)),
+        unix_us: unix_us(),
     };
     match fs::read(config.run_dir.head_state()) {
         Ok(bytes) => match Head::restore(head.clone(), &bytes, now) {
@@ -435,6 +488,12 @@ fn open_head(config: &DaemonConfig, info: &NodeInfo, dead_after: Duration, now: 
         Err(error) => tracing::warn!(%error, "the saved state cannot be read; the nodes bring what they hold"),
     }
     Ok(Head::new(head, now))
+}
+
+/// The wall clock, in microseconds since the Unix epoch.
+pub(crate) fn unix_us() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.map_or(0, |since| u64::try_from(since.as_micros()).unwrap_or(u64::MAX))
 }
 
 /// TCP callers of keepers, as events.

@@ -128,8 +128,9 @@ impl Core {
         tracing::info!(token = %self.tokens.current().mark(), "the cluster's token is accepted {accepts}");
     }
 
-    fn check_is_head(&self) -> Result<(), Refusal> {
-        if self.head.is_some() {
+    fn check_is_head(&mut self) -> Result<(), Refusal> {
+        // One that was replaced while this process was stopped must not make a token of its own.
+        if self.may_decide() {
             return Ok(());
         }
         let cause = format!("{} is not the head of its cluster", self.info.name);

@@ -17,7 +17,7 @@ use rayless_net::{
 use rayless_proto::{
     codec,
     ids::{Incarnation, NodeId},
-    v1::control::{Refusal, RefusalKind, ToHead, ToNode},
+    v1::control::{FromHead, Refusal, RefusalKind, ToHead},
 };
 use std::{
     collections::BTreeMap,
@@ -48,23 +48,23 @@ pub(crate) struct Wire {
     counters: Arc<Counters>,
     /// This node's address, for calls.
     local: SocketAddr,
-    /// The head to call; `None` on the head.
+    /// The head that is called; `None` while it is in this process.
     head: Option<SocketAddr>,
     incarnation: Incarnation,
-    /// On a node: the session being dialled, and the one that is open, as the member and as the net number it.
+    /// As a node: the session being dialled, and the one that is open, as the member and as the net number it.
     dialling: Option<SessionId>,
     up: Option<(SessionId, ControlSession)>,
-    /// On the head: open sessions.
+    /// As the head, or as a daemon that is taken for it: open sessions.
     down: BTreeMap<u64, ControlSession>,
     /// Sessions inside this process count down from the top: the net's count up from 1.
     inside: u64,
 }
 
 impl Wire {
-    /// Starts the network thread. On the head it takes calls at `local` when this returns.
+    /// Starts the network thread. One that `listens` takes calls at `local` when this returns.
     pub(crate) fn open(
         local: SocketAddr,
-        head: Option<SocketAddr>,
+        listens: bool,
         identity: &ClusterIdentity,
         counters: Arc<Counters>,
         dead_after: Duration,
@@ -79,7 +79,7 @@ impl Wire {
         let config = NetConfig {
             identity: identity.clone(),
             counters: counters.clone(),
-            listen: head.is_none().then_some(local),
+            listen: listens.then_some(local),
             watch: Box::new(judge.clone()),
         };
         let (net, events) = NetThread::start(config).map_err(|error| DaemonError::Failed(error.to_string()))?;
@@ -96,7 +96,7 @@ impl Wire {
             judge,
             counters,
             local,
-            head,
+            head: None,
             incarnation: Incarnation(0),
             dialling: None,
             up: None,
@@ -126,7 +126,7 @@ impl Wire {
 
     fn translate(&mut self, event: NetEvent) -> Option<News> {
         match event {
-            NetEvent::Opened(session) if self.head.is_none() => {
+            NetEvent::Opened(session) if !session.is_ours() => {
                 let number = session.id().0;
                 let (node, address) = (session.peer(), session.peer_address().ip().to_canonical().to_string());
                 self.down.insert(number, session);
@@ -142,18 +142,20 @@ impl Wire {
                     None
                 }
             },
-            NetEvent::Message { session, message } if self.head.is_none() => match codec::decode::<ToHead>(&message) {
-                Ok(message) => Some(News::Head(head::Input::Message { session: SessionId(session.0), message })),
-                Err(error) => {
-                    if let Some(session) = self.down.get(&session.0) {
-                        self.malformed(session, &error);
+            NetEvent::Message { session, message } if self.down.contains_key(&session.0) => {
+                match codec::decode::<ToHead>(&message) {
+                    Ok(message) => Some(News::Head(head::Input::Message { session: SessionId(session.0), message })),
+                    Err(error) => {
+                        if let Some(session) = self.down.get(&session.0) {
+                            self.malformed(session, &error);
+                        }
+                        None
                     }
-                    None
                 }
-            },
+            }
             NetEvent::Message { session, message } => {
                 let (mine, open) = self.up.as_ref().filter(|(_, open)| open.id() == session)?;
-                match codec::decode::<ToNode>(&message) {
+                match codec::decode::<FromHead>(&message) {
                     Ok(message) => Some(News::Member(member::Input::Message(*mine, message))),
                     Err(error) => {
                         self.malformed(open, &error);
@@ -161,7 +163,7 @@ impl Wire {
                     }
                 }
             }
-            NetEvent::Closed { session: NetSession(number), .. } if self.head.is_none() => {
+            NetEvent::Closed { session: NetSession(number), .. } if self.down.contains_key(&number) => {
                 self.down.remove(&number)?;
                 Some(News::Head(head::Input::SessionClosed { session: SessionId(number) }))
             }
@@ -178,7 +180,7 @@ impl Wire {
                 let cause = format!("{}{more}", refusal.detail);
                 tracing::warn!(from = %refusal.address, "turned away: {cause}");
                 let from = refusal.address.to_string();
-                self.head.is_none().then_some(News::Head(head::Input::HandshakeRefused { from, cause }))
+                Some(News::Head(head::Input::HandshakeRefused { from, cause }))
             }
         }
     }
@@ -220,11 +222,17 @@ impl Wire {
 
     // A node's side.
 
-    pub(crate) fn dial(&mut self, session: SessionId) {
-        if let (Some(net), Some(head)) = (&self.net, self.head) {
+    pub(crate) fn dial(&mut self, session: SessionId, head: SocketAddr) {
+        if let Some(net) = &self.net {
+            self.head = Some(head);
             self.dialling = Some(session);
             net.dial(head, self.local.ip());
         }
+    }
+
+    /// The head is in this process: nobody is called.
+    pub(crate) const fn stay(&mut self) {
+        self.head = None;
     }
 
     /// Ends a session, or gives up its dial. What was sent on it still goes out.
@@ -270,7 +278,7 @@ impl Wire {
 
     // The head's side.
 
-    pub(crate) fn send_down(&self, session: SessionId, message: &ToNode) {
+    pub(crate) fn send_down(&self, session: SessionId, message: &FromHead) {
         if let Some(session) = self.down.get(&session.0) {
             let _ = session.send(codec::encode(message));
         }
@@ -281,6 +289,16 @@ impl Wire {
         if let Some(session) = self.down.get(&session.0) {
             session.close(CloseCode::Refused, "");
         }
+    }
+
+    /// This daemon is no longer the head: all nodes are let go at once, and nobody is judged any more.
+    pub(crate) fn drop_nodes(&mut self, reason: &str) {
+        for session in self.down.values() {
+            session.abort(CloseCode::Done, reason);
+        }
+        let mut watched = self.judge.lock();
+        let dead_after = watched.nodes.dead_after();
+        watched.nodes = Detector::new(dead_after);
     }
 
     pub(crate) fn watch(&self, node: NodeId, incarnation: Incarnation) {

@@ -7,7 +7,7 @@ use super::{
     token::TokenSet,
 };
 use crate::{
-    ids::{ClusterId, GroupId, Incarnation, NodeId, PlacementGroupId, Rank, RequestId, TokenMark},
+    ids::{ClusterId, GroupId, Incarnation, NodeId, PlacementGroupId, Rank, RequestId, Term, TokenMark},
     resources::{Allocation, Resources, Strategy},
 };
 use rkyv::{Archive, Deserialize, Serialize};
@@ -249,6 +249,8 @@ pub enum ToHead {
         info: NodeInfo,
         /// IP address of the head as this node dialled it.
         head_address: String,
+        /// The highest term that this node was ever a member under. A head that finds a higher one than its own has been replaced.
+        seen: Option<HeadTerm>,
         /// Groups that it still runs: keepers that are starting, up, or ending and not yet reaped.
         held: Vec<HeldGroup>,
         /// Groups whose part here has ended in this life of the daemon (the last 64 will do), with the cause that
@@ -368,6 +370,25 @@ pub enum ToHead {
     },
 }
 
+/// In whose name a head speaks.
+#[derive(Archive, Serialize, Deserialize, Clone, Copy, PartialEq, Eq, Debug)]
+pub struct HeadTerm {
+    /// Its cluster; terms of different clusters are not compared.
+    pub cluster: ClusterId,
+    /// Its term.
+    pub term: Term,
+}
+
+/// All that travels from a head to a node: the message, and in whose name. A node that knows a higher term of the same cluster
+/// does nothing of what it says.
+#[derive(Archive, Serialize, Deserialize, Clone, PartialEq, Debug)]
+pub struct FromHead {
+    /// The sender's; for [`ToNode::Elsewhere`] that of the head that the sender knows of.
+    pub by: HeadTerm,
+    /// What it says.
+    pub message: ToNode,
+}
+
 /// Head to node.
 #[derive(Archive, Serialize, Deserialize, Clone, PartialEq, Debug)]
 pub enum ToNode {
@@ -381,7 +402,18 @@ pub enum ToNode {
         your_address: String,
         /// The cluster's `--dead-after`, in milliseconds.
         dead_after_ms: u64,
+        /// `IP:port` of this head and then of its standbys: where to dial when it is gone. Empty without a store.
+        heads: Vec<String>,
     },
+    /// Whoever says so is not the head now. Carries no authority: only a hint where to dial next.
+    Elsewhere {
+        /// `IP:port` of the head, where it is known.
+        head: Option<String>,
+        /// One line.
+        cause: String,
+    },
+    /// The standbys have changed: `heads` of the welcome anew.
+    Heads(Vec<String>),
     /// The node is not taken; the head closes after this.
     Refused(Refusal),
     /// This incarnation was declared dead: kill its workers at once, then join again as a new one.

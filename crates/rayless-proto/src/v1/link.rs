@@ -223,6 +223,10 @@ pub enum LinkPlace {
     Rdma {
         /// `IP:port`.
         address: String,
+        /// The sender's way out.
+        from: Box<RdmaReach>,
+        /// The receiver's.
+        to: Box<RdmaReach>,
     },
     /// As the bootstrap channel was.
     Tcp {

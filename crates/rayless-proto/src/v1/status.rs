@@ -6,7 +6,7 @@ use super::{
     rdma::RdmaInventory,
 };
 use crate::{
-    ids::{ClusterId, GroupId, NodeId, PlacementGroupId, Rank, TokenMark},
+    ids::{ClusterId, GroupId, NodeId, PlacementGroupId, Rank, Term, TokenMark},
     resources::Resources,
 };
 use rkyv::{Archive, Deserialize, Serialize};
@@ -19,6 +19,10 @@ pub struct StatusReport {
     pub cluster: ClusterId,
     /// `cluster.head`
     pub head: NodeId,
+    /// `cluster.term`; 0 without a store
+    pub term: Term,
+    /// `cluster.heads`: the active one first; empty without a store
+    pub heads: Vec<HeadSeat>,
     /// `cluster.protocol`
     pub protocol: u16,
     /// `cluster.uptime_s`, here in milliseconds
@@ -37,6 +41,19 @@ pub struct StatusReport {
     pub links: Vec<LinkStatus>,
     /// `events`, oldest first
     pub events: Vec<Event>,
+}
+
+/// A daemon that is the head, or stands by to be.
+#[derive(Archive, Serialize, Deserialize, Clone, PartialEq, Eq, Debug)]
+pub struct HeadSeat {
+    /// Its node.
+    pub node: NodeId,
+    /// Its node's name.
+    pub name: String,
+    /// `IP:port` of its daemon.
+    pub address: String,
+    /// Whether it is the head now.
+    pub active: bool,
 }
 
 /// The cluster's token as people see it.

@@ -17,6 +17,13 @@ impl StatusReport {
             "cluster": {
                 "id": self.cluster.to_string(),
                 "head": self.head.to_string(),
+                "term": self.term.0,
+                "heads": self.heads.iter().map(|head| json!({
+                    "node": head.node.to_string(),
+                    "name": head.name,
+                    "address": head.address,
+                    "state": if head.active { "active" } else { "standby" },
+                })).collect::<Vec<_>>(),
                 "protocol": self.protocol,
                 "uptime_s": self.uptime_ms as f64 / 1e3,
                 "refused_handshakes": self.refused_handshakes,
@@ -192,11 +199,11 @@ fn rdma(rdma: &RdmaInventory) -> Value {
 mod tests {
     use super::super::{
         control::WorkerState,
-        status::{Event, GpuState, GpuStatus, GroupState, TokenStatus, WorkerStatus},
+        status::{Event, GpuState, GpuStatus, GroupState, HeadSeat, NodeState, TokenStatus, WorkerStatus},
     };
     use super::*;
     use crate::{
-        ids::{ClusterId, GroupId, NodeId, TokenMark},
+        ids::{ClusterId, GroupId, NodeId, Term, TokenMark},
         resources::{CPU, GPU},
     };
 
@@ -206,6 +213,8 @@ mod tests {
         let report = StatusReport {
             cluster: ClusterId([1; 16]),
             head: id,
+            term: Term(4),
+            heads: vec![HeadSeat { node: id, name: "a".into(), address: "10.0.0.1:6379".into(), active: true }],
             protocol: 1,
             uptime_ms: 1500,
             refused_handshakes: 2,
@@ -255,6 +264,7 @@ mod tests {
         };
         let shown = report.to_json();
         assert_eq!(shown["cluster"]["uptime_s"], 1.5);
+        assert_eq!((&shown["cluster"]["term"], &shown["cluster"]["heads"][0]["state"]), (&json!(4), &json!("active")));
         assert_eq!(
             shown["cluster"]["token"],
             json!({ "mark": "abababababababab", "rotating": true, "ends_in_s": 1.5 })

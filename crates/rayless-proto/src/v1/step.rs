@@ -134,9 +134,9 @@ pub struct Launch {
 /// A question: what do the ranks of this host do? Asked when a call makes no progress.
 #[derive(Archive, Serialize, Deserialize, Clone, PartialEq, Eq, Debug)]
 pub struct Look {
-    /// A rank without progress for so long counts as stuck, in milliseconds.
+    /// A rank without progress for so long counts as stuck, in milliseconds; 0: stacks are wanted of every rank.
     pub still_ms: u64,
-    /// Whether to have the stuck ranks write their stacks.
+    /// Whether to have these ranks write their stacks.
     pub stacks: bool,
 }
 

@@ -1,12 +1,12 @@
 //! One well-formed message of every kind: where the decoder tests and the fuzz targets begin.
 
 use rayless_proto::{
-    ids::{ClusterId, GroupId, Incarnation, NodeId, PlacementGroupId, TokenMark},
+    ids::{ClusterId, GroupId, Incarnation, NodeId, PlacementGroupId, Term, TokenMark},
     resources::{Allocation, CPU, GPU, GpuShare, Quantity, Resources, Strategy},
     v1::{
         control::{
-            GpuInfo, GroupSpec, HeldGroup, HeldPlacementGroup, NeedHave, NeedHaveRow, NodeEnv, NodeInfo, PlacedNode,
-            Placement, RankAllocation, Refusal, RefusalKind, ToHead, ToNode, WorkerState,
+            FromHead, GpuInfo, GroupSpec, HeadTerm, HeldGroup, HeldPlacementGroup, NeedHave, NeedHaveRow, NodeEnv,
+            NodeInfo, PlacedNode, Placement, RankAllocation, Refusal, RefusalKind, ToHead, ToNode, WorkerState,
         },
         keeper::{FromKeeper, KeeperConfig, ToKeeper},
         link::{
@@ -16,7 +16,7 @@ use rayless_proto::{
         local::{ClientMessage, ClientReply, ClientRequest, DaemonMessage, Identity, LeafBundle},
         rdma::{RdmaDevice, RdmaFinding, RdmaGid, RdmaInventory, RdmaPort, RdmaReach},
         status::{
-            Event, GpuState, GpuStatus, GroupState, GroupStatus, LinkStatus, NodeState, NodeStatus,
+            Event, GpuState, GpuStatus, GroupState, GroupStatus, HeadSeat, LinkStatus, NodeState, NodeStatus,
             PlacementGroupStatus, StatusReport, TokenStatus, WorkerStatus,
         },
         step::{KeeperEvent, Launch, LinkMoved, Look, RankLook},
@@ -28,12 +28,19 @@ const NODE: NodeId = NodeId([7; 32]);
 const GROUP: GroupId = GroupId([3; 8]);
 const PLACEMENT_GROUP: PlacementGroupId = PlacementGroupId([5; 8]);
 
+const BY: HeadTerm = HeadTerm { cluster: ClusterId([9; 16]), term: Term(3) };
+
+fn seat() -> HeadSeat {
+    HeadSeat { node: NODE, name: "a".into(), address: "10.0.0.1:6379".into(), active: true }
+}
+
 /// Node to head.
 pub fn to_head() -> Vec<ToHead> {
     vec![
         ToHead::Join {
             info: info(),
             head_address: "10.0.0.1".into(),
+            seen: Some(BY),
             held: vec![held()],
             ended: vec![(GROUP, "rank 1 was killed".into())],
             held_placement_groups: vec![held_placement_group()],
@@ -64,14 +71,21 @@ pub fn to_head() -> Vec<ToHead> {
 }
 
 /// Head to node.
-pub fn to_node() -> Vec<ToNode> {
+pub fn from_head() -> Vec<FromHead> {
+    to_node().into_iter().map(|message| FromHead { by: BY, message }).collect()
+}
+
+fn to_node() -> Vec<ToNode> {
     vec![
         ToNode::Welcome {
             cluster: ClusterId([9; 16]),
             head: NODE,
             your_address: "10.0.0.2".into(),
             dead_after_ms: 3000,
+            heads: vec!["10.0.0.1:6379".into()],
         },
+        ToNode::Elsewhere { head: Some("10.0.0.1:6379".into()), cause: "a standby".into() },
+        ToNode::Heads(vec!["10.0.0.1:6379".into()]),
         ToNode::Refused(refusal()),
         ToNode::Fenced { cause: "silent for 3.2 s".into() },
         ToNode::StartKeeper { group: GROUP, name: "g".into(), world_size: 4, driver_node: NODE, ranks: vec![rank()] },
@@ -248,7 +262,7 @@ pub fn link_openings() -> Vec<LinkOpening> {
 pub fn link_answers() -> Vec<LinkAnswer> {
     let places = [
         LinkPlace::Shm { keeper_socket: "/run/rayless/keepers/0303030303030303.sock".into() },
-        LinkPlace::Rdma { address: "10.0.0.2:6400".into() },
+        LinkPlace::Rdma { address: "10.0.0.2:6400".into(), from: Box::new(rdma_reach()), to: Box::new(rdma_reach()) },
         LinkPlace::Tcp { streams: 4, encrypt: true },
     ];
     let tries = places.map(|place| LinkAnswer::Try(LinkTry { ticket: [7; 32], verify: true, place }));
@@ -379,6 +393,8 @@ pub fn report() -> StatusReport {
     StatusReport {
         cluster: ClusterId([9; 16]),
         head: NODE,
+        term: Term(3),
+        heads: vec![seat()],
         protocol: 1,
         uptime_ms: 1000,
         refused_handshakes: 2,

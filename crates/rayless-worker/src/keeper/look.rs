@@ -38,7 +38,9 @@ pub(super) fn begin(
     mut ranks: Vec<RankLook>,
     look: Look,
 ) -> impl Future<Output = Vec<RankLook>> + use<> {
-    let stuck = |rank: &RankLook| look.stacks && rank.is_stuck(look.still_ms);
+    let stuck = |rank: &RankLook| {
+        look.stacks && (rank.is_stuck(look.still_ms) || (look.still_ms == 0 && rank.state != WorkerState::Dead))
+    };
     let limit = MAX_STACK.min(STACKS / ranks.iter().filter(|rank| stuck(rank)).count().max(1));
     let taking: Vec<_> = workers
         .iter()

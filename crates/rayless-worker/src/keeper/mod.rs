@@ -5,6 +5,7 @@
 //!
 //! Files in the run dir: `keepers/<group>.sock` (0600) and `.pid`, gone when the keeper is; `logs/<group>/rank-<n>.log` and `keeper.log`.
 
+mod ask;
 mod child;
 mod door;
 mod group;
@@ -16,6 +17,7 @@ mod reap;
 mod stacks;
 mod step;
 
+pub use ask::{Answer, ask};
 pub use handle::{HandOver, KeeperHandle, KeeperRemote, adopt, spawn};
 pub use reap::clear_orphans;
 

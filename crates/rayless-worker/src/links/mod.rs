@@ -9,6 +9,7 @@
 
 mod error;
 mod policy;
+mod rdma;
 mod reach;
 mod receiver;
 mod report;

@@ -1,7 +1,9 @@
 //! The receiving end of a link: waits for its sender, then has it try one transport after the other.
 
 use super::{
-    Asked, LinkFault, PROOF, STREAMS, policy, reach,
+    Asked, LinkFault, PROOF, STREAMS, policy,
+    rdma::{self, Door},
+    reach,
     report::{self, Live},
     ticket,
 };
@@ -72,8 +74,8 @@ fn agree(asked: &Asked<'_>, mut channel: Channel, offer: &LinkOffer) -> Result<(
     let same_host = host.is_some_and(|node| node.host_id == offer.host_id);
     let mut plan = select::plan(&from, &to, &Place { same_host, rdma_nodes: &rdma_nodes }, &policy);
     while let Some(step) = plan.step().cloned() {
-        let tried = match place_of(boot, &step, &policy) {
-            Ok(place) => attempt(asked, &mut channel, place, &policy)?,
+        let tried = match place_of(asked, boot, &step, &policy) {
+            Ok((place, door)) => attempt(asked, &mut channel, place, door, &policy)?,
             Err(reason) => Err(reason),
         };
         match tried {
@@ -84,7 +86,10 @@ fn agree(asked: &Asked<'_>, mut channel: Channel, offer: &LinkOffer) -> Result<(
                 let mut report = report::plain(asked.link, false, LinkState::Open);
                 report.transport = Some(step.level.into());
                 report.device = link.device().unwrap_or_default().to_owned();
-                report.gid = step.pair.map(|(_, to)| to.gid).unwrap_or_default();
+                if let Some((from, to)) = step.pair {
+                    report.mtu = rdma::mtu(&from, &to);
+                    report.gid = to.gid;
+                }
                 report.rejected = rejected;
                 report.verified = policy.verify;
                 report.encrypted = step.level == Level::Tcp && policy.encrypt;
@@ -103,14 +108,26 @@ fn rejected(plan: &Plan) -> Vec<(LinkTransport, String)> {
     plan.rejected().into_iter().map(|known| (known.level.into(), known.reason)).collect()
 }
 
-/// Where the sender may open the step's transport.
-fn place_of(boot: &LinkBoot, step: &Step, policy: &LinkPolicy) -> Result<LinkPlace, String> {
-    match step.level {
-        Level::Shm => Ok(LinkPlace::Shm { keeper_socket: boot.keeper_socket.clone() }),
-        Level::Rdma => Err("links over RDMA are not opened yet by this build".to_owned()),
+/// Where the sender may open the step's transport, and for RDMA what listens there.
+fn place_of(
+    asked: &Asked<'_>,
+    boot: &LinkBoot,
+    step: &Step,
+    policy: &LinkPolicy,
+) -> Result<(LinkPlace, Option<Door>), String> {
+    match (step.level, &step.pair) {
+        (Level::Rdma, Some((from, to))) => {
+            let door = Door::open(to, boot.rdma_ports, asked.link.to)
+                .map_err(|cause| format!("{cause} (at {})", asked.named(asked.link.to)))?;
+            let place =
+                LinkPlace::Rdma { address: door.address(), from: Box::new(from.clone()), to: Box::new(to.clone()) };
+            Ok((place, Some(door)))
+        }
+        (Level::Rdma, None) => Err("no two devices can talk".to_owned()),
+        (Level::Shm, _) => Ok((LinkPlace::Shm { keeper_socket: boot.keeper_socket.clone() }, None)),
         // One stream within TLS: it is the cipher that limits it, not the flow.
-        Level::Tcp if policy.encrypt => Ok(LinkPlace::Tcp { streams: 1, encrypt: true }),
-        Level::Tcp => Ok(LinkPlace::Tcp { streams: STREAMS, encrypt: false }),
+        (Level::Tcp, _) if policy.encrypt => Ok((LinkPlace::Tcp { streams: 1, encrypt: true }, None)),
+        (Level::Tcp, _) => Ok((LinkPlace::Tcp { streams: STREAMS, encrypt: false }, None)),
     }
 }
 
@@ -119,6 +136,7 @@ fn attempt(
     asked: &Asked<'_>,
     channel: &mut Channel,
     place: LinkPlace,
+    door: Option<Door>,
     policy: &LinkPolicy,
 ) -> Result<Result<RecvLink, String>, Failure> {
     let ticket = match ticket::of_attempt() {
@@ -131,7 +149,7 @@ fn attempt(
     asked.shared.expect(asked.link, ticket, encrypt);
     let answer = LinkAnswer::Try(LinkTry { ticket, verify: policy.verify, place });
     channel.send(&codec::encode(&answer), &asked.patience)?;
-    let opened = accept(asked, channel, &mut acceptor)?.and_then(|mut link| {
+    let opened = accept(asked, channel, &mut acceptor, door)?.and_then(|mut link| {
         let stop = || asked.patience.left().is_none();
         match link.prove(&Wait::at_most(PROOF).with_check(&stop)) {
             Ok(()) => Ok(link),
@@ -149,10 +167,22 @@ fn attempt(
 }
 
 /// Takes the streams of an attempt as they come, until the link is whole or the sender has something else to say.
-fn accept(asked: &Asked<'_>, channel: &Channel, acceptor: &mut Acceptor) -> Result<Result<RecvLink, String>, Failure> {
+fn accept(
+    asked: &Asked<'_>,
+    channel: &Channel,
+    acceptor: &mut Acceptor,
+    mut door: Option<Door>,
+) -> Result<Result<RecvLink, String>, Failure> {
     let mut last = "no stream of it came".to_owned();
     loop {
-        if let Some(greeted) = asked.shared.next_stream(asked.link, &asked.patience) {
+        let next = match &mut door {
+            None => asked.shared.next_stream(asked.link, &asked.patience),
+            Some(door) => match door.next() {
+                Ok(next) => next,
+                Err(cause) => return Ok(Err(cause)),
+            },
+        };
+        if let Some(greeted) = next {
             match acceptor.admit(greeted) {
                 Ok(Some(link)) => return Ok(Ok(link)),
                 Ok(None) => {}

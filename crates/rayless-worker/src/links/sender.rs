@@ -1,11 +1,11 @@
 //! The sending end of a link: calls its receiver until that is there, then tries the transports that it names.
 
 use super::{
-    Asked, LinkFault, PROOF, reach,
+    Asked, LinkFault, PROOF, rdma, reach,
     report::{self, Live},
     ticket,
 };
-use rayless_fabric::{LinkName, SendLink, Ticket, Wait, shm, tcp};
+use rayless_fabric::{LinkName, SendLink, Ticket, Wait, rdma as fabric_rdma, shm, tcp};
 use rayless_net::{
     identity::TlsIdentity,
     link::{Channel, ChannelError},
@@ -139,6 +139,10 @@ impl Caller<'_> {
                     let mut report = report::plain(self.asked.link, true, LinkState::Open);
                     report.transport = Some(report::transport(link.level()));
                     report.device = link.device().unwrap_or_default().to_owned();
+                    if let LinkPlace::Rdma { from, to, .. } = &attempt.place {
+                        report.mtu = rdma::mtu(from, to);
+                        report.gid.clone_from(&from.gid);
+                    }
                     report.rejected = rejected;
                     report.verified = attempt.verify;
                     report.encrypted = matches!(attempt.place, LinkPlace::Tcp { encrypt: true, .. });
@@ -169,9 +173,10 @@ impl Caller<'_> {
             LinkPlace::Shm { keeper_socket } => {
                 shm::connect(self.knock(Path::new(keeper_socket))?, link, ticket, &config)
             }
-            LinkPlace::Rdma { address } => {
-                let _ = address;
-                return Err("not yet".to_owned());
+            LinkPlace::Rdma { address, from, .. } => {
+                let to = address.parse().map_err(|_| format!("`{address}` is no address"))?;
+                let own = from.address.parse().map_err(|_| format!("`{}` is no address", from.address))?;
+                fabric_rdma::connect(to, Some(own), link, ticket, &config)
             }
             LinkPlace::Tcp { encrypt: true, .. } => {
                 let (stream, tls) = self.stream(attempt.ticket).map_err(|error| error.to_string())?.into_tls();

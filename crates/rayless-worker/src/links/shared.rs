@@ -138,7 +138,8 @@ impl Shared {
         let peer = if by_sender { link.to } else { link.from };
         let ranks = self.boot()?.table.ranks.len();
         if peer as usize >= ranks {
-            return Err(LinkFault::Caller(format!("there is no rank {peer}, the group has ranks 0 to {}", ranks - 1)));
+            let last = ranks.saturating_sub(1);
+            return Err(LinkFault::Caller(format!("there is no rank {peer}, the group has ranks 0 to {last}")));
         }
         if peer == self.rank {
             return Err(LinkFault::Caller(format!("rank {peer} has no link to itself")));

@@ -17,6 +17,7 @@ mod calls;
 mod deaths;
 mod keepers;
 mod links;
+mod rdma;
 mod stuck;
 mod worker;
 mod world;
@@ -42,6 +43,11 @@ fn main() -> ExitCode {
             };
         }
         Some("worker") => return worker::main(),
+        // In the guest of tests/rdma-vm: `stories rdma DEVICE DEVICE ADDRESS`.
+        Some("rdma") => {
+            rdma::main(&arguments[1..]);
+            return ExitCode::SUCCESS;
+        }
         Some("driver") => return deaths::driver_main(),
         Some("bench") => {
             bench::main(&arguments[1..]);

@@ -54,6 +54,8 @@ pub(crate) struct Shape {
     pub(crate) one_host: bool,
     /// What the user of each wants of links.
     pub(crate) wishes: [LinkPolicy; 2],
+    /// The RDMA device that each may use, and the ports on it; none: they have no RDMA at all.
+    pub(crate) rdma: Option<([String; 2], (u16, u16))>,
 }
 
 impl Shape {
@@ -65,6 +67,7 @@ impl Shape {
             driver_wait: Duration::from_secs(10),
             one_host: false,
             wishes: Default::default(),
+            rdma: None,
         }
     }
 }
@@ -97,6 +100,9 @@ impl World {
             }
             let ranks: Vec<u32> = (first..first + count).collect();
             let run_dir = dir.path().join(name);
+            let (devices, rdma_ports) = shape.rdma.clone().unwrap_or_default();
+            let rdma_devices =
+                devices.into_iter().skip(handles.len()).take(1).filter(|name| !name.is_empty()).collect();
             let config = KeeperConfig {
                 group,
                 name: "story".into(),
@@ -119,7 +125,7 @@ impl World {
                 leaf: identity.issue_delegate().unwrap(),
                 dead_after_ms: shape.dead_after.as_millis() as u64,
                 driver_wait_ms: shape.driver_wait.as_millis() as u64,
-                links: LinkSettings { policy: wishes.clone(), ..LinkSettings::default() },
+                links: LinkSettings { policy: wishes.clone(), rdma_devices, rdma_ports },
             };
             let handle = runtime.block_on(keeper::spawn(&std::env::current_exe().unwrap(), &config)).unwrap();
             if name == "a" {
@@ -144,7 +150,7 @@ impl World {
                 node_env: Vec::new(),
                 versions: Vec::new(),
                 link_policy: LinkPolicy::default(),
-                has_rdma: false,
+                has_rdma: shape.rdma.is_some(),
             });
             handles.push(handle);
             configs.push(config);

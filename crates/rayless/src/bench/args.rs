@@ -73,6 +73,14 @@ pub(crate) fn command(token_file: Arg) -> Command {
         )
         .arg(switch("verify", "With a checksum over each payload, as --verify-links does it"))
         .arg(
+            Arg::new("stall")
+                .long("stall")
+                .value_name("S")
+                .value_parser(ValueParser::new(time))
+                .default_value("60")
+                .help("Give up when one message takes longer than this (s)"),
+        )
+        .arg(
             Arg::new("rdma-address")
                 .long("rdma-address")
                 .value_name("IP")
@@ -113,6 +121,7 @@ pub(crate) fn link_options(found: &ArgMatches, token_file: &'static str) -> Link
         time: found.get_one::<Duration>("seconds").copied().unwrap_or_default(),
         streams: found.get_one::<u16>("streams").copied().map_or(1, usize::from),
         verify: found.get_flag("verify"),
+        stall: found.get_one::<Duration>("stall").copied().unwrap_or_default(),
         rdma_address: found.get_one::<IpAddr>("rdma-address").copied(),
         json: found.get_flag("json"),
         plot: found.get_one::<PathBuf>("plot").cloned(),

@@ -6,8 +6,8 @@ use hdrhistogram::Histogram;
 use rayless_fabric::{DType, Extra, RecvLink, SendLink, TensorRef, TensorSpec, Wait};
 use std::time::{Duration, Instant};
 
-/// Nothing here takes so long but a peer that is gone without a word.
-const STALL: Duration = Duration::from_secs(60);
+/// The longest round trip that a histogram tells apart.
+const LONGEST: Duration = Duration::from_secs(600);
 /// Rounds at least, however long they take.
 const FEWEST: u64 = 5;
 /// Rounds before those that count, or a tenth of the time.
@@ -60,8 +60,8 @@ fn latency(links: &mut Links, buffer: &mut [u8], time: Duration) -> Result<(u64,
         hop(links, buffer, MORE)?;
         round += 1;
     }
-    // Nanoseconds of a round trip, in three digits, up to the stall.
-    let mut times = Histogram::<u64>::new_with_bounds(1, STALL.as_nanos() as u64, 3).map_err(Failure::failed)?;
+    // Nanoseconds of a round trip, in three digits.
+    let mut times = Histogram::<u64>::new_with_bounds(1, LONGEST.as_nanos() as u64, 3).map_err(Failure::failed)?;
     let begin = Instant::now();
     loop {
         let is_last = times.len() + 1 >= FEWEST && begin.elapsed() >= time;
@@ -86,8 +86,8 @@ fn latency(links: &mut Links, buffer: &mut [u8], time: Duration) -> Result<(u64,
 }
 
 fn hop(links: &mut Links, buffer: &mut [u8], tag: u64) -> Result<(), Failure> {
-    send(&mut links.tx, buffer, tag)?;
-    receive(&mut links.rx, buffer).map(drop)
+    send(&mut links.tx, buffer, tag, links.stall)?;
+    receive(&mut links.rx, buffer, links.stall).map(drop)
 }
 
 fn bandwidth(links: &mut Links, buffer: &[u8], time: Duration) -> Result<(u64, f64), Failure> {
@@ -95,14 +95,14 @@ fn bandwidth(links: &mut Links, buffer: &[u8], time: Duration) -> Result<(u64, f
     let mut sent = 0;
     loop {
         let is_last = sent + 1 >= STREAM && begin.elapsed() >= time;
-        send(&mut links.tx, buffer, if is_last { LAST } else { MORE })?;
+        send(&mut links.tx, buffer, if is_last { LAST } else { MORE }, links.stall)?;
         sent += 1;
         if is_last {
             break;
         }
     }
     // The other side answers when it has the last.
-    receive(&mut links.rx, &mut [])?;
+    receive(&mut links.rx, &mut [], links.stall)?;
     let seconds = begin.elapsed().as_secs_f64();
     Ok((sent, sent as f64 * buffer.len() as f64 / seconds / 1e9))
 }
@@ -111,8 +111,8 @@ fn bandwidth(links: &mut Links, buffer: &[u8], time: Duration) -> Result<(u64, f
 pub(super) fn echo(links: &mut Links) -> Result<(), Failure> {
     let mut buffer = Vec::new();
     loop {
-        let tag = receive_any(&mut links.rx, &mut buffer)?;
-        send(&mut links.tx, &buffer, tag)?;
+        let tag = receive_any(&mut links.rx, &mut buffer, links.stall)?;
+        send(&mut links.tx, &buffer, tag, links.stall)?;
         if tag == LAST {
             return Ok(());
         }
@@ -122,31 +122,31 @@ pub(super) fn echo(links: &mut Links) -> Result<(), Failure> {
 /// The other side of [`bandwidth`]: only the last is answered.
 pub(super) fn sink(links: &mut Links) -> Result<(), Failure> {
     let mut buffer = Vec::new();
-    while receive_any(&mut links.rx, &mut buffer)? != LAST {}
-    send(&mut links.tx, &[], LAST)
+    while receive_any(&mut links.rx, &mut buffer, links.stall)? != LAST {}
+    send(&mut links.tx, &[], LAST, links.stall)
 }
 
 /// One dict of two tensors, as vLLM's stages send them.
-fn send(link: &mut SendLink, data: &[u8], tag: u64) -> Result<(), Failure> {
+fn send(link: &mut SendLink, data: &[u8], tag: u64, stall: Duration) -> Result<(), Failure> {
     let (one, other) = data.split_at(data.len() / 2);
     let shapes = [[one.len() as u64], [other.len() as u64]];
     let spec = |name, i: usize| TensorSpec { name, dtype: DType::U8, shape: &shapes[i], strides: None };
     let tensors =
         [TensorRef { spec: spec("hidden_states", 0), data: one }, TensorRef { spec: spec("residual", 1), data: other }];
-    link.send(&tensors, Extra { tag, bytes: &[] }, &Wait::at_most(STALL)).map_err(Failure::failed)
+    link.send(&tensors, Extra { tag, bytes: &[] }, &Wait::at_most(stall)).map_err(Failure::failed)
 }
 
-fn receive(link: &mut RecvLink, data: &mut [u8]) -> Result<u64, Failure> {
-    let announced = link.recv_header(None, &Wait::at_most(STALL)).map_err(Failure::failed)?;
+fn receive(link: &mut RecvLink, data: &mut [u8], stall: Duration) -> Result<u64, Failure> {
+    let announced = link.recv_header(None, &Wait::at_most(stall)).map_err(Failure::failed)?;
     let (one, other) = data.split_at_mut(data.len() / 2);
-    link.recv_payload(&mut [one, other], &Wait::at_most(STALL)).map_err(Failure::failed)?;
+    link.recv_payload(&mut [one, other], &Wait::at_most(stall)).map_err(Failure::failed)?;
     Ok(announced.tag)
 }
 
-fn receive_any(link: &mut RecvLink, buffer: &mut Vec<u8>) -> Result<u64, Failure> {
-    let announced = link.recv_header(None, &Wait::at_most(STALL)).map_err(Failure::failed)?;
+fn receive_any(link: &mut RecvLink, buffer: &mut Vec<u8>, stall: Duration) -> Result<u64, Failure> {
+    let announced = link.recv_header(None, &Wait::at_most(stall)).map_err(Failure::failed)?;
     buffer.resize(announced.schema.payload_bytes() as usize, 0);
     let (one, other) = buffer.split_at_mut(announced.schema.payload_bytes() as usize / 2);
-    link.recv_payload(&mut [one, other], &Wait::at_most(STALL)).map_err(Failure::failed)?;
+    link.recv_payload(&mut [one, other], &Wait::at_most(stall)).map_err(Failure::failed)?;
     Ok(announced.tag)
 }

@@ -47,6 +47,8 @@ pub(crate) struct LinkOptions {
     pub(crate) time: Duration,
     pub(crate) streams: usize,
     pub(crate) verify: bool,
+    /// How long one message may take before the measurement is given up.
+    pub(crate) stall: Duration,
     pub(crate) rdma_address: Option<IpAddr>,
     pub(crate) json: bool,
     pub(crate) plot: Option<PathBuf>,

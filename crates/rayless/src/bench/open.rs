@@ -1,6 +1,6 @@
 //! Bringing up the two links of a measurement, one each way, at both sides.
 //!
-//! The driving side says `open TRANSPORT STREAMS VERIFY TICKET [ADDRESS]`; the ticket is fresh and secret between the two.
+//! The driving side says `open TRANSPORT STREAMS VERIFY STALL TICKET [ADDRESS]`; the ticket is fresh and secret between the two.
 //! shm: it gives one end of two socket pairs. tcp: it dials all streams of both links, each with a preface of ticket and
 //! link number. rdma: each side listens for the link whose receiver it is.
 
@@ -29,6 +29,8 @@ const PREFACE: usize = 33;
 pub(super) struct Links {
     pub(super) tx: SendLink,
     pub(super) rx: RecvLink,
+    /// How long one message may take.
+    pub(super) stall: Duration,
 }
 
 impl Links {
@@ -62,6 +64,7 @@ pub(super) struct Opening {
     level: Level,
     streams: usize,
     verify: bool,
+    stall: Duration,
     ticket: Ticket,
     /// Where the driving side listens for RDMA.
     back: Option<SocketAddr>,
@@ -102,8 +105,14 @@ pub(super) fn transports(control: &Control, options: &LinkOptions) -> Result<Vec
 pub(super) fn links(control: &mut Control, level: Level, options: &LinkOptions) -> Result<Links, Failure> {
     let mut secret = [0; 32];
     getrandom::fill(&mut secret).map_err(failed)?;
-    let opening =
-        Opening { level, streams: options.streams, verify: options.verify, ticket: Ticket(secret), back: None };
+    let opening = Opening {
+        level,
+        streams: options.streams,
+        verify: options.verify,
+        stall: options.stall,
+        ticket: Ticket(secret),
+        back: None,
+    };
     match level {
         Level::Shm => drive_shm(control, &opening),
         Level::Tcp => drive_tcp(control, &opening),
@@ -113,8 +122,8 @@ pub(super) fn links(control: &mut Control, level: Level, options: &LinkOptions) 
 
 impl Opening {
     fn encode(&self) -> String {
-        let Self { level, streams, verify, ticket, back } = self;
-        let mut line = format!("open {level} {streams} {verify} ");
+        let Self { level, streams, verify, stall, ticket, back } = self;
+        let mut line = format!("open {level} {streams} {verify} {} ", stall.as_millis());
         // Writing to a String cannot fail.
         for byte in ticket.0 {
             let _ = write!(line, "{byte:02x}");
@@ -132,6 +141,7 @@ impl Opening {
         let level = [Level::Shm, Level::Rdma, Level::Tcp].into_iter().find(|known| known.name() == level)?;
         let streams = words.next()?.parse().ok().filter(|n| (1..=rayless_fabric::MAX_STREAMS).contains(n))?;
         let verify = words.next()?.parse().ok()?;
+        let stall = Duration::from_millis(words.next()?.parse().ok()?);
         let hex = words.next()?;
         let mut secret = [0; 32];
         if !hex.is_ascii() || hex.len() != 64 {
@@ -141,7 +151,7 @@ impl Opening {
             *byte = u8::from_str_radix(&hex[at..at + 2], 16).ok()?;
         }
         let back = words.next().map(str::parse).transpose().ok()?;
-        Some(Self { level, streams, verify, ticket: Ticket(secret), back })
+        Some(Self { level, streams, verify, stall, ticket: Ticket(secret), back })
     }
 
     fn connect(&self, link: u8, streams: Vec<TcpStream>) -> Result<SendLink, Failure> {
@@ -168,7 +178,7 @@ fn drive_shm(control: &mut Control, opening: &Opening) -> Result<Links, Failure>
     let mut back = Some(back);
     let rx = opening.accept(1, || greet_once(&mut back))?;
     control.expect_ok()?;
-    Ok(Links { tx, rx })
+    Ok(Links { tx, rx, stall: opening.stall })
 }
 
 fn greet_once(stream: &mut Option<UnixStream>) -> Result<Greeted, Failure> {
@@ -198,7 +208,7 @@ fn drive_tcp(control: &mut Control, opening: &Opening) -> Result<Links, Failure>
         greet_tcp(stream, WITHIN).map_err(failed)
     })?;
     control.expect_ok()?;
-    Ok(Links { tx, rx })
+    Ok(Links { tx, rx, stall: opening.stall })
 }
 
 fn drive_rdma(control: &mut Control, mut opening: Opening, given: Option<IpAddr>) -> Result<Links, Failure> {
@@ -210,7 +220,7 @@ fn drive_rdma(control: &mut Control, mut opening: Opening, given: Option<IpAddr>
     let tx = rdma::connect(to, Some(own), name(0), opening.ticket, &config(opening.verify)).map_err(failed)?;
     let rx = opening.accept(1, || greet_rdma(&mut listener, WITHIN).map_err(failed))?;
     control.expect_ok()?;
-    Ok(Links { tx, rx })
+    Ok(Links { tx, rx, stall: opening.stall })
 }
 
 /// The other side, once it was asked. It says `ok` (with its address, where one is needed) when it is ready for the links.
@@ -226,7 +236,7 @@ pub(super) fn answer(
             let mut there = Some(there);
             let rx = opening.accept(0, || greet_once(&mut there))?;
             let tx = shm::connect(back, name(1), opening.ticket, &config(opening.verify)).map_err(failed)?;
-            Ok(Links { tx, rx })
+            Ok(Links { tx, rx, stall: opening.stall })
         }
         Level::Tcp => {
             control.say(&format!("ok {}", listener.local_addr().map_err(failed)?))?;
@@ -236,7 +246,7 @@ pub(super) fn answer(
                 let stream = there.next().ok_or_else(|| Failure::failed("a stream of the link is missing"))?;
                 greet_tcp(stream, WITHIN).map_err(failed)
             })?;
-            Ok(Links { tx: opening.connect(1, back)?, rx })
+            Ok(Links { tx: opening.connect(1, back)?, rx, stall: opening.stall })
         }
         Level::Rdma => {
             let own = rdma_address(control, given)?;
@@ -246,7 +256,7 @@ pub(super) fn answer(
             let rx = opening.accept(0, || greet_rdma(&mut listener, WITHIN).map_err(failed))?;
             let tx =
                 rdma::connect(back, Some(own), name(1), opening.ticket, &config(opening.verify)).map_err(failed)?;
-            Ok(Links { tx, rx })
+            Ok(Links { tx, rx, stall: opening.stall })
         }
     }
 }
@@ -301,9 +311,11 @@ mod tests {
     fn an_opening_reads_back_and_nonsense_does_not() {
         let ticket = Ticket(std::array::from_fn(|i| i as u8 * 7));
         let back = Some("10.78.0.1:4711".parse().unwrap());
-        let opening = Opening { level: Level::Rdma, streams: 3, verify: true, ticket, back };
+        let stall = Duration::from_millis(1500);
+        let opening = Opening { level: Level::Rdma, streams: 3, verify: true, stall, ticket, back };
         let read = Opening::decode(&opening.encode()).unwrap();
         assert_eq!((read.level, read.streams, read.verify, read.back), (Level::Rdma, 3, true, back));
+        assert_eq!(read.stall, stall);
         assert!(read.ticket.matches(&ticket.0));
         let line = opening.encode();
         for wrong in [

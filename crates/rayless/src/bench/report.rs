@@ -61,7 +61,7 @@ fn point(point: &Point) -> String {
     let Point { bytes, hops, latency, gigabytes_per_s, messages } = point;
     format!(
         "{{\"bytes\":{bytes},\"hops\":{hops},\"latency_us\":{{\"min\":{:.3},\"mean\":{:.3},\"p50\":{:.3},\"p99\":{:.3},\"p99.9\":{:.3},\"max\":{:.3}}},\
-         \"messages\":{messages},\"gigabytes_per_s\":{gigabytes_per_s:.6}}}",
+         \"messages\":{messages},\"gigabytes_per_s\":{gigabytes_per_s:.9}}}",
         latency.min, latency.mean, latency.p50, latency.p99, latency.p999, latency.max
     )
 }
@@ -104,6 +104,7 @@ pub(super) mod tests {
             time: Duration::from_millis(500),
             streams: 2,
             verify: true,
+            stall: Duration::from_secs(60),
             rdma_address: None,
             json: true,
             plot: None,

@@ -30,6 +30,14 @@ pub fn serve_as_worker() {
         let answer = match text.split_once(' ').unwrap_or((&text, "")) {
             ("env", name) => env::var(name).unwrap_or_default(),
             ("die", rank) if rank == worker.rank().to_string() => std::process::exit(3),
+            ("say", text) => {
+                println!("{text}");
+                String::new()
+            }
+            ("sleep", _) => {
+                std::thread::sleep(Duration::from_secs(600));
+                text.clone()
+            }
             // A program in a session of its own, which nothing but the group it was started in leads to.
             ("leave", rank) if rank == worker.rank().to_string() => {
                 Command::new("setsid").args(["sleep", "1000"]).spawn().unwrap().id().to_string()

@@ -1,6 +1,7 @@
 //! Real processes of the command under test, ended whatever happens.
 #![allow(dead_code, unreachable_pub, reason = "each test file uses its part")]
 
+pub mod etcd;
 pub mod groups;
 
 use serde_json::Value;

@@ -21,7 +21,7 @@ import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from rayless.exceptions import LinkLostError
+from rayless.exceptions import LinkError
 from rayless.vllm.pipeline.hop import Hop
 from rayless.vllm.pipeline.tokens import Tokens, keep_sibling_group_away
 
@@ -110,8 +110,8 @@ def install(group: Any, runner: Any, hop: Hop, tokens: Tokens | None) -> Pipelin
     return Pipeline(hop, tokens)
 
 
-def let_the_death_be_told(error: LinkLostError) -> None:
-    """Waits, after a link's loss, for what its peer's keeper has to say.
+def let_the_death_be_told(error: LinkError) -> None:
+    """Waits, after a link failed, for what its peer's keeper has to say.
 
     Where the peer's process died, its keeper knows why, and ends this group within milliseconds, with that cause. Only
     where no such news comes is the loss itself the cause.

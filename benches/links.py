@@ -1,0 +1,226 @@
+"""Links beside their floors, in turns, in one sitting; prints the ratios that README.md quotes.
+
+    python benches/links.py [--turns 5] [--seconds 0.5] [--json FILE] [--guest]
+
+tcp: two network namespaces joined by a veth pair. A hop of 14 and 28 KiB (one dict of two tensors) beside gloo as vLLM uses it (benches/gloo_hop.py)
+and beside a raw TCP ping-pong of the same bytes; 16 MiB messages one way beside iperf3 with as many streams. shm: 28 KiB beside a
+futex ping-pong plus a copy of as many bytes, 16 MiB beside memcpy. --guest: rdma in an emulated guest beside ib_send_lat, ib_write_lat and ib_write_bw;
+nothing is concluded from those, for an emulated clock lies. Run it with a Python that has torch and this tree's rayless on
+PYTHONPATH and PATH, as `benches/run links` does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+import netns
+
+SMALL = (14 << 10, 28 << 10)
+LARGE = 16 << 20
+STREAMS = 4
+
+
+def read(done: subprocess.CompletedProcess[str]) -> Any:
+    """The JSON that a command printed."""
+    if done.returncode != 0:
+        raise RuntimeError(f"{done.args} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+    return json.loads(done.stdout)
+
+
+class Tcp:
+    """What is measured between the two namespaces."""
+
+    def __init__(self, a: netns.Host, b: netns.Host, folder: Path, floors: str, seconds: float) -> None:
+        self.a, self.b, self.floors, self.seconds = a, b, floors, seconds
+        self.token = folder / "token"
+        self.token.write_text(
+            subprocess.run(["rayless", "token", "new"], capture_output=True, text=True, check=True).stdout
+        )
+        self.link = self._listening(
+            ["rayless", "bench", "link", "--listen", f"{b.address}:0", "--token-file", str(self.token)]
+        )
+        self.raw = self._listening([floors, "tcp-listen", f"{b.address}:0"])
+        b.popen(["iperf3", "--server", "--bind", b.address], stdout=subprocess.DEVNULL)
+        self.port = 29500
+
+    def _listening(self, words: list[str]) -> str:
+        child = self.b.popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        assert child.stdout
+        return child.stdout.readline().decode().strip()
+
+    def links(self, *sizes: int) -> dict[int, dict[str, float]]:
+        """By size: p50 and p99 of a hop, and GB/s one way."""
+        words = ["rayless", "bench", "link", "--to", self.link, "--token-file", str(self.token), "--transport", "tcp"]
+        words += ["--json", "--streams", str(STREAMS), "--seconds", str(self.seconds), "--sizes"]
+        document = read(self.a.run([*words, ",".join(map(str, sizes))], timeout=300))
+        return flat(document["transports"][0]["points"])
+
+    def ping_pong(self, size: int) -> dict[str, float]:
+        """A raw TCP ping-pong."""
+        got: dict[str, float] = read(
+            self.a.run([self.floors, "tcp-to", self.raw, str(size), str(self.seconds)], timeout=300)
+        )
+        return got
+
+    def gloo(self, size: int) -> dict[str, float]:
+        """A hop as vLLM makes it."""
+        self.port += 1
+        rest = [self.a.address, str(self.port), str(size), str(self.seconds)]
+        script = [sys.executable, str(ROOT / "benches" / "gloo_hop.py")]
+        env = ["env", "GLOO_SOCKET_IFNAME=eth0", "OMP_NUM_THREADS=1"]
+        other = self.b.popen([*env, *script, "1", *rest], stdout=subprocess.DEVNULL)
+        got: dict[str, float] = read(self.a.run([*env, *script, "0", *rest], timeout=300))
+        other.wait(60)
+        return got
+
+    def iperf(self) -> float:
+        """GB/s of iperf3."""
+        words = ["iperf3", "--client", self.b.address, "--parallel", str(STREAMS), "--json", "--omit", "1"]
+        document = read(self.a.run([*words, "--time", str(max(2, round(4 * self.seconds)))], timeout=300))
+        return float(document["end"]["sum_received"]["bits_per_second"]) / 8e9
+
+
+def flat(points: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
+    """The numbers that are compared, by size."""
+    return {
+        point["bytes"]: {
+            "p50_us": point["latency_us"]["p50"],
+            "p99_us": point["latency_us"]["p99"],
+            "gb_s": point["gigabytes_per_s"],
+        }
+        for point in points
+    }
+
+
+def shm(floors: str, size: int, seconds: float) -> dict[str, float]:
+    """A link between two processes, and its floor."""
+    words = [
+        "rayless",
+        "bench",
+        "link",
+        "--transport",
+        "shm",
+        "--json",
+        "--seconds",
+        str(seconds),
+        "--sizes",
+        str(size),
+    ]
+    point = flat(read(subprocess.run(words, capture_output=True, text=True))["transports"][0]["points"])[size]
+    floor = read(subprocess.run([floors, "shm", str(size), str(seconds)], capture_output=True, text=True))
+    return {**point, **floor, "memcpy_gb_s": size / floor["memcpy_us"] / 1e3}
+
+
+def guest(seconds: float) -> dict[str, Any]:
+    """rdma over both kinds of software device, beside perftest on the same."""
+    tool = ROOT / "tests" / "rdma-vm" / "rdma-vm"
+    packages = ["qemu-system-x86", "busybox-static", "cpio", "kmod", "rdma-core", "ibverbs-providers", "libibverbs1"]
+    packages += ["librdmacm1", "iproute2", "linux-headers-amd64", "perftest"]
+    subprocess.run([ROOT / "tests" / "setup" / "apt", *packages], check=True)
+    subprocess.run([tool, "setup"], check=True)
+    script = Path(__file__).parent / "rdma_guest.sh"
+    command = shutil.which("rayless")
+    assert command
+    words = [tool, "run", "--timeout", "600", "--", "bash", script, command, str(seconds)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{done.stdout}{done.stderr}")
+    out: dict[str, Any] = {}
+    for line in done.stdout.splitlines():
+        kind, what, value = line.split(" ", 2)
+        shown = value.strip()
+        out.setdefault(kind, {})[what] = flat(json.loads(shown)["transports"][0]["points"]) if what == "link" else shown
+    return out
+
+
+def median(turns: list[dict[str, float]], key: str) -> float:
+    """Over the turns."""
+    return statistics.median(turn[key] for turn in turns)
+
+
+def compare(what: str, ratio: float, limit: float, at_most: bool = True) -> dict[str, Any]:
+    """A line for people and an entry for the file."""
+    word = "at most" if at_most else "at least"
+    holds = ratio <= limit if at_most else ratio >= limit
+    print(f"{what:62} {ratio:6.2f}   {word} {limit:.2f}: {'yes' if holds else 'NO'}", flush=True)
+    return {"what": what, "ratio": ratio, word: limit, "holds": holds}
+
+
+def main() -> None:
+    """Measures in turns, then prints the ratios of the medians."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=0.5)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--guest", action="store_true")
+    asked = parser.parse_args()
+    subprocess.run([ROOT / "tests" / "setup" / "apt", "iperf3"], check=True)
+    build = ["cargo", "build", "--release", "--quiet", "--package", "rayless-fabric", "--example", "floors"]
+    built = subprocess.run(
+        [*build, "--message-format", "json"], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
+    )
+    lines = [json.loads(line) for line in built.stdout.splitlines()]
+    floors = next(str(line["executable"]) for line in lines if line.get("executable"))
+
+    turns: dict[str, list[dict[str, float]]] = {}
+
+    def note(key: str, value: dict[str, float]) -> None:
+        turns.setdefault(key, []).append(value)
+
+    with netns.hosts(2) as (a, b), tempfile.TemporaryDirectory() as folder:
+        tcp = Tcp(a, b, Path(folder), floors, asked.seconds)
+        for _ in range(asked.turns):
+            for size in SMALL:
+                note(f"tcp {size}", tcp.links(size)[size])
+                note(f"raw {size}", tcp.ping_pong(size))
+                note(f"gloo {size}", tcp.gloo(size))
+            note(f"tcp {LARGE}", tcp.links(LARGE)[LARGE])
+            note("iperf", {"gb_s": tcp.iperf()})
+            for size in (SMALL[1], LARGE):
+                note(f"shm {size}", shm(floors, size, asked.seconds))
+
+    print(f"medians of {asked.turns} turns\n{'':62}  ratio")
+    shown = []
+    for size in SMALL:
+        hop, name = (
+            median(turns[f"tcp {size}"], "p50_us"),
+            f"tcp, {size >> 10} KiB, p50 {median(turns[f'tcp {size}'], 'p50_us'):.1f} us",
+        )
+        gloo, raw = median(turns[f"gloo {size}"], "p50_us"), median(turns[f"raw {size}"], "p50_us")
+        shown.append(compare(f"{name} / gloo as vLLM uses it {gloo:.1f}", hop / gloo, 0.25))
+        shown.append(compare(f"{name} / raw ping-pong {raw:.1f}", hop / raw, 1.5))
+        p99 = median(turns[f"tcp {size}"], "p99_us")
+        shown.append(compare(f"tcp, {size >> 10} KiB, p99 {p99:.1f} us / p50", p99 / hop, 4))
+    fast, iperf = median(turns[f"tcp {LARGE}"], "gb_s"), median(turns["iperf"], "gb_s")
+    shown.append(compare(f"tcp, 16 MiB, {fast:.2f} GB/s / iperf3 -P {STREAMS} {iperf:.2f}", fast / iperf, 0.85, False))
+    small, large = turns[f"shm {SMALL[1]}"], turns[f"shm {LARGE}"]
+    hop, floor = median(small, "p50_us"), median(small, "futex_us") + median(small, "memcpy_us")
+    shown.append(compare(f"shm, 28 KiB, p50 {hop:.1f} us / futex ping-pong + memcpy {floor:.1f}", hop / floor, 1.5))
+    spun = median(small, "spin_us") + median(small, "memcpy_us")
+    print(f"{f'   the same beside a ping-pong that spins + memcpy {spun:.1f}':62} {hop / spun:6.2f}")
+    fast, copy = median(large, "gb_s"), median(large, "memcpy_gb_s")
+    shown.append(compare(f"shm, 16 MiB, {fast:.2f} GB/s / memcpy {copy:.2f}", fast / copy, 0.8, False))
+    document: dict[str, Any] = {"ratios": shown, "turns": turns}
+    if asked.json:
+        asked.json.write_text(json.dumps(document, indent=1))
+    if asked.guest:
+        document["guest"] = guest(asked.seconds)
+        for kind, values in document["guest"].items():
+            print(f"{kind} (emulated): {json.dumps(values)}")
+    if asked.json:
+        asked.json.write_text(json.dumps(document, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,389 @@
+//! Two heads that take turns by a lease in a real etcd, and what restarts cost. Each test has an etcd of its own.
+//!
+//! Times are printed, not judged: `RAYLESS_REPEATS=10 cargo test -p rayless --test heads -- --nocapture`.
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test ends with the first thing that is not as it should be"
+)]
+
+mod common;
+
+use common::{
+    Cluster, Daemon, Host, PATIENCE,
+    etcd::Etcd,
+    groups::{answers, options, serve_as_worker, spread, start_with},
+    node,
+};
+use rayless_proto::resources::{CPU, Quantity, Resources, Strategy};
+use rayless_worker::driver::WorkerGroup;
+use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
+use rustix::process::Signal;
+use serde_json::Value;
+use std::{
+    env, fs,
+    os::unix::fs::PermissionsExt as _,
+    path::Path,
+    sync::atomic::{AtomicBool, Ordering::Relaxed},
+    thread,
+    time::{Duration, Instant},
+};
+
+/// Not a test of its own: in a process that a keeper started, this is the worker.
+#[test]
+fn worker_process() {
+    serve_as_worker();
+}
+
+fn repeats() -> usize {
+    env::var("RAYLESS_REPEATS").ok().and_then(|n| n.parse().ok()).unwrap_or(1)
+}
+
+fn show(what: &str, mut times: Vec<Duration>) {
+    times.sort_unstable();
+    let (median, most) = (times[times.len() / 2].as_millis(), times[times.len() - 1].as_millis());
+    println!("{what}: n={} median {median} ms, max {most} ms", times.len());
+}
+
+/// Calls the group all the time while `what` happens: each call must be answered by each rank.
+fn without_a_failed_call<T>(group: &WorkerGroup, what: impl FnOnce() -> T) -> T {
+    struct Over<'a>(&'a AtomicBool);
+    impl Drop for Over<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Relaxed);
+        }
+    }
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let calls = scope.spawn(|| {
+            let mut calls = 0;
+            while !over.load(Relaxed) {
+                assert_eq!(answers(group, "rank"), ["0", "1"]);
+                calls += 1;
+                thread::sleep(Duration::from_millis(1));
+            }
+            calls
+        });
+        let end = Over(&over);
+        let result = what();
+        drop(end);
+        assert!(calls.join().unwrap() > 0);
+        result
+    })
+}
+
+/// The group is running, with all its ranks, in the eyes of this host's head.
+fn runs(status: &Value, group: &WorkerGroup) -> bool {
+    let id = group.id().to_string();
+    let found = status["groups"].as_array().and_then(|all| all.iter().find(|group| group["id"] == id));
+    found.is_some_and(|group| group["state"] == "running" && group["workers"].as_array().is_some_and(|w| w.len() == 2))
+}
+
+fn is_head(status: &Value, name: &str, term: u64) -> bool {
+    let active = |head: &Value| head["name"] == name && head["state"] == "active";
+    status["cluster"]["term"] == term && status["cluster"]["heads"].as_array().is_some_and(|all| all.iter().any(active))
+}
+
+fn stands_by(status: &Value, name: &str) -> bool {
+    let standby = |head: &Value| head["name"] == name && head["state"] == "standby";
+    status["cluster"]["heads"].as_array().is_some_and(|all| all.iter().any(standby))
+}
+
+/// Heads `a` (active) and `b`, a node `c` that was told of both.
+struct Three {
+    /// Its token is read by whoever starts later.
+    cluster: Cluster,
+    etcd: Etcd,
+    /// Address of the first head.
+    first: String,
+    a: Host,
+    b: Host,
+    c: Host,
+    head_a: Daemon,
+    head_b: Daemon,
+    node_c: Daemon,
+}
+
+fn head<'a>(host: &Host, store: &'a str, name: &'a str, more: &[&'a str]) -> (Daemon, String) {
+    host.head(&[&["--store", store, "--name", name, "--cpus", "2"], more].concat())
+}
+
+fn three(etcd: Etcd, more: &[&str]) -> Three {
+    let cluster = Cluster::new();
+    let [a, b, c] = [(); 3].map(|()| Host::new(&cluster));
+    let store = etcd.address();
+    let (head_a, first) = head(&a, &store, "a", more);
+    let (mut head_b, both) = head(&b, &store, "b", more);
+    head_b.says("stands by at");
+    assert!(both.starts_with(&format!("{first},")), "{both}");
+    let mut node_c = c.start(&["join", &both, "--name", "c", "--cpus", "2"]);
+    node_c.says("has joined");
+    c.await_nodes(&[("a", "alive"), ("b", "alive"), ("c", "alive")]);
+    Three { cluster, etcd, first, a, b, c, head_a, head_b, node_c }
+}
+
+/// A group with a rank on each of two nodes; `a` has none where it is full.
+fn two_ranks(host: &Host) -> WorkerGroup {
+    let bundle = Resources::new().with(CPU, Quantity::whole(2));
+    start_with(options(host, vec![bundle; 2], Strategy::StrictSpread, PATIENCE))
+}
+
+#[test]
+fn the_standby_takes_over_and_a_running_group_answers_every_call() {
+    let mut times = Vec::new();
+    for _ in 0..repeats() {
+        let mut t = three(Etcd::start(), &[]);
+        assert!(is_head(&t.c.status(), "a", 1) && stands_by(&t.c.status(), "b"));
+        // On b and c: the driver's node first, then by name, and a is taken.
+        let filler =
+            start_with(options(&t.a, vec![Resources::new().with(CPU, Quantity::whole(2))], Strategy::Pack, PATIENCE));
+        let group = two_ranks(&t.c);
+        let status = without_a_failed_call(&group, || {
+            t.head_a.crash();
+            let begin = Instant::now();
+            t.c.await_status("b as the head", |status| {
+                is_head(status, "b", 2) && node(status, "c").is_some_and(|c| c["state"] == "alive")
+            });
+            times.push(begin.elapsed());
+            t.c.await_status("the group under b", |status| runs(status, &group))
+        });
+        assert!(node(&status, "a").is_none(), "a host that never came to b: {status}");
+        t.head_b.says("this daemon is the head now (term 2)");
+        t.node_c.says("back in the cluster");
+        // The keeper of the filler lives on without its daemon; a comes back as a standby, with it and under a new address.
+        let (mut head_a, _) = head(&t.a, &t.etcd.address(), "a", &[]);
+        head_a.says("stands by at");
+        t.c.await_status("a with its group", |status| {
+            stands_by(status, "a") && status["groups"].as_array().is_some_and(|all| all.len() == 2)
+        });
+        assert_eq!(answers(&group, "rank"), ["0", "1"]);
+        group.stop();
+        filler.stop();
+        t.c.await_status("all free", |status| {
+            status["nodes"].as_array().unwrap().iter().all(|node| node["available"] == node["resources"])
+        });
+    }
+    show("killed head until its standby leads and a node is with it", times);
+}
+
+#[test]
+fn a_head_that_was_stopped_for_a_while_finds_itself_replaced_and_does_nothing() {
+    let mut t = three(Etcd::start(), &[]);
+    let group = spread(&t.c, 2);
+    without_a_failed_call(&group, || {
+        t.head_a.signal(Signal::STOP);
+        t.c.await_status("b as the head", |status| is_head(status, "b", 2));
+        // What was asked of the old head while it could not hear is not done by it when it can.
+        let mut late = t.a.command(&["stop", "--all"]).spawn().unwrap();
+        thread::sleep(Duration::from_millis(100));
+        t.head_a.signal(Signal::CONT);
+        t.head_a.says("no longer the head (term 1)");
+        assert_eq!(late.wait().unwrap().code(), Some(3), "it knew no head at that moment");
+        t.head_a.says("back in the cluster");
+        for host in [&t.a, &t.b, &t.c] {
+            host.await_status("a as a standby of b", |status| is_head(status, "b", 2) && stands_by(status, "a"));
+        }
+        let status = t.a.await_status("the group", |status| runs(status, &group));
+        assert_eq!(node(&status, "a").unwrap()["incarnation"], 1, "it lost nothing: {status}");
+    });
+    group.stop();
+    assert!(t.head_b.is_running() && t.node_c.is_running());
+}
+
+#[test]
+fn without_the_store_nobody_decides_and_what_runs_goes_on() {
+    let mut t = three(Etcd::start(), &[]);
+    let group = spread(&t.c, 2);
+    let late = Host::new(&t.cluster);
+    without_a_failed_call(&group, || {
+        t.etcd.crash();
+        t.head_a.says("no longer the head (term 1): its lease in the store could not be renewed");
+        let end = Instant::now() + PATIENCE;
+        let shown = loop {
+            let shown = t.c.run(&["status"]);
+            if shown.code == 3 && shown.stderr.contains("so nobody may decide") {
+                break shown;
+            }
+            assert!(Instant::now() < end, "{shown:?}");
+        };
+        assert!(shown.stderr.contains(&t.etcd.address()) && shown.stderr.contains("hint:"), "{shown:?}");
+        let shown = t.a.run(&["status"]);
+        assert!(shown.code == 3 && shown.stderr.contains("see that etcd runs at"), "{shown:?}");
+        // Who joins meanwhile is told why it waits.
+        let mut node_d = late.start(&["join", &t.first, "--name", "d"]);
+        node_d.says("so nobody may decide");
+        t.etcd.resume();
+        t.c.await_status("a head", |status| {
+            ["a", "b"].iter().any(|name| is_head(status, name, 2)) && runs(status, &group)
+        });
+        node_d.says("has joined");
+    });
+    group.stop();
+}
+
+#[test]
+fn a_head_that_leaves_or_restarts_need_not_be_waited_for() {
+    let t = three(Etcd::start(), &["--store-lease", "60"]);
+    assert_eq!(t.a.run(&["stop"]).code, 0);
+    t.c.await_status("b at once", |status| is_head(status, "b", 2));
+    assert_eq!(t.head_a.ends().0, 0);
+    t.head_b.crash();
+    let (head_b, _) = head(&t.b, &t.etcd.address(), "b", &["--store-lease", "60"]);
+    t.b.await_status("b again", |status| is_head(status, "b", 3));
+    assert_eq!(fs::read_to_string(t.b.run_dir().join("term")).unwrap().split(' ').nth(1), Some("3\n"));
+    drop(head_b);
+}
+
+#[test]
+fn another_cluster_in_the_same_store_is_not_mistaken_for_this_one() {
+    let etcd = Etcd::start();
+    let [here, there] = [Cluster::new(), Cluster::new()];
+    let (a, b) = (Host::new(&here), Host::new(&there));
+    let (_head, _) = head(&a, &etcd.address(), "a", &[]);
+    let (code, said) = b.start(&["head", "--store", &etcd.address(), "--name", "b"]).ends();
+    assert_eq!(code, 4);
+    assert!(said.iter().any(|line| line.contains("a cluster with another token: a (127.0.0.1:")), "{said:?}");
+    // Under a name of its own it is.
+    let (_other, _) = head(&b, &format!("{}/other", etcd.address()), "b", &[]);
+    b.await_status("its own head", |status| is_head(status, "b", 1));
+}
+
+#[test]
+fn what_is_wrong_with_the_store_is_said_before_anything_is_started() {
+    let host = Host::new(&Cluster::new());
+    for (args, cause) in [
+        (vec!["--store", "http://x"], "does not begin with `etcd://`"),
+        (vec!["--store", "etcd://10.0.0.9", "--store-cert", "/nowhere"], "is of no use without TLS"),
+        (vec!["--store", "etcd://10.0.0.9", "--store-ca", "/nowhere"], "/nowhere: "),
+        (vec!["--store", "etcd://10.0.0.9", "--store-user", "u"], "goes with a password"),
+        (vec!["--store", "etcd://10.0.0.9", "--store-lease", "1"], "2 to 600 whole seconds"),
+    ] {
+        let shown = host.run(&[&["head", "--bind", "127.0.0.1", "--port", "0"][..], &args[..]].concat());
+        assert_eq!(shown.code, 2, "{shown:?}");
+        assert!(shown.stderr.contains(cause), "{shown:?}");
+    }
+}
+
+fn closed_file(path: &Path, text: &str) -> String {
+    fs::write(path, text).unwrap();
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).unwrap();
+    path.to_str().unwrap().to_owned()
+}
+
+#[test]
+fn the_store_is_entered_with_a_certificate() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = |name: &str, kind: &str, der: &[u8]| closed_file(&dir.path().join(name), &pem(kind, der));
+    let authority_key = KeyPair::generate().unwrap();
+    let mut authority = CertificateParams::new(Vec::new()).unwrap();
+    authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let ca = file("ca.pem", "CERTIFICATE", authority.self_signed(&authority_key).unwrap().der());
+    let issuer = Issuer::new(authority, authority_key);
+    let issue = |name: &str, purposes: &[ExtendedKeyUsagePurpose]| {
+        let key = KeyPair::generate().unwrap();
+        let mut leaf = CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap();
+        leaf.extended_key_usages = purposes.to_vec();
+        let cert = leaf.signed_by(&key, &issuer).unwrap();
+        let cert = file(&format!("{name}.pem"), "CERTIFICATE", cert.der());
+        [cert, file(&format!("{name}.key"), "PRIVATE KEY", &key.serialize_der())]
+    };
+    // etcd's gateway shows the server's certificate to etcd itself.
+    let server = issue("server", &[ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth]);
+    let client = issue("client", &[ExtendedKeyUsagePurpose::ClientAuth]);
+    let etcd = Etcd::start_with(
+        &["--cert-file", &server[0], "--key-file", &server[1], "--client-cert-auth", "--trusted-ca-file", &ca],
+        "https",
+    );
+    let cluster = Cluster::new();
+    let host = Host::new(&cluster);
+    let store = etcd.address();
+    let args = ["head", "--store", &store, "--name", "a", "--store-ca", &ca];
+    let mut stranger = host.start(&args);
+    stranger.says("does not answer");
+    stranger.crash();
+    let mut head = host.start(&[&args[..], &["--store-cert", &client[0], "--store-key", &client[1]]].concat());
+    head.says("is ready at");
+    host.await_status("the head", |status| is_head(status, "a", 1));
+}
+
+#[test]
+fn the_store_is_entered_with_a_password() {
+    let etcd = Etcd::start();
+    etcd.operate("auth/user/add", r#"{"name":"root","password":"secret"}"#);
+    etcd.operate("auth/user/grant", r#"{"user":"root","role":"root"}"#);
+    etcd.operate("auth/enable", "{}");
+    let dir = tempfile::tempdir().unwrap();
+    let password = closed_file(&dir.path().join("password"), "secret\n");
+    let cluster = Cluster::new();
+    let host = Host::new(&cluster);
+    let store = etcd.address();
+    let args = ["head", "--store", &store, "--name", "a"];
+    let mut stranger = host.start(&args);
+    stranger.says("does not answer: access is denied");
+    stranger.crash();
+    let mut head = host.start(&[&args[..], &["--store-user", "root", "--store-password-file", &password]].concat());
+    head.says("is ready at");
+    let status = host.await_status("the head", |status| is_head(status, "a", 1));
+    assert!(!status.to_string().contains("secret"));
+}
+
+/// DER as PEM.
+fn pem(kind: &str, der: &[u8]) -> String {
+    let digit =
+        |at: u32| char::from(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"[at as usize & 63]);
+    let mut text = String::new();
+    for three in der.chunks(3) {
+        let word = three.iter().fold(0, |word, byte| word << 8 | u32::from(*byte)) << (8 * (3 - three.len()));
+        let four = (0..4).map(|at| if at <= three.len() { digit(word >> (18 - 6 * at)) } else { '=' });
+        text.extend(four);
+        if text.len() % 65 == 64 {
+            text.push('\n');
+        }
+    }
+    format!("-----BEGIN {kind}-----\n{text}\n-----END {kind}-----\n")
+}
+
+#[test]
+fn restarts_in_numbers() {
+    let (mut with, mut without, mut daemon) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..repeats() {
+        let cluster = Cluster::new();
+        let [a, b] = [Host::new(&cluster), Host::new(&cluster)];
+        let (mut head, address) = a.head(&["--name", "a"]);
+        let mut node_b = b.start(&["join", &address, "--name", "b"]);
+        node_b.says("has joined");
+        let group = spread(&b, 2);
+        let port = address.rsplit_once(':').unwrap().1;
+        for keep in [true, false] {
+            a.await_status("the group", |status| runs(status, &group));
+            // Its file is written at most four times a second.
+            thread::sleep(Duration::from_millis(300));
+            head.crash();
+            if !keep {
+                fs::remove_file(a.run_dir().join("head-state")).unwrap();
+            }
+            let token = a.token.to_str().unwrap();
+            let args = ["head", "--name", "a", "--bind", "127.0.0.1", "--port", port, "--token-file", token];
+            let begin = Instant::now();
+            head = Daemon::of(&mut a.command(&args));
+            a.await_status("all adopted", |status| {
+                runs(status, &group) && node(status, "b").is_some_and(|b| b["state"] == "alive")
+            });
+            if keep { &mut with } else { &mut without }.push(begin.elapsed());
+            assert_eq!(answers(&group, "rank"), ["0", "1"]);
+        }
+        node_b.crash();
+        let begin = Instant::now();
+        node_b = b.start(&["join", &address, "--name", "b"]);
+        a.await_status("b adopted its keeper", |status| {
+            runs(status, &group) && node(status, "b").is_some_and(|b| b["incarnation"] == 2 && b["state"] == "alive")
+        });
+        daemon.push(begin.elapsed());
+        assert_eq!(answers(&group, "rank"), ["0", "1"]);
+        group.stop();
+        drop(node_b);
+    }
+    show("restarted head with its state until nodes and group are adopted", with);
+    show("restarted head without any state", without);
+    show("restarted daemon until its keeper is adopted and the head knows", daemon);
+}

@@ -1,0 +1,314 @@
+"""The faults of the engine cells: how each is made and undone, and what it must lead to."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from engine_stage import MOMENTS, EngineStage
+
+KILL, STOP, CONT, TERM = signal.SIGKILL, signal.SIGSTOP, signal.SIGCONT, signal.SIGTERM
+
+
+@dataclass(frozen=True)
+class EngineFault:
+    """`inject` makes it and returns when, on the monotonic clock; `undo` lets the stage be used again and returns when."""
+
+    name: str
+    text: str
+    inject: Callable[[EngineStage], float]
+    undo: Callable[[EngineStage], float]
+    #: Whether the engine must end ("ends") or live on without one failed request ("lives").
+    leads_to: str
+    #: Who notices first.
+    who: str
+    #: What the group's cause must contain, one of them.
+    line: tuple[str, ...] = ()
+    #: The group's state in the end.
+    state: str = "failed"
+    #: What cannot end before the fault is undone (what is stopped, what is cut off).
+    stays: tuple[str, ...] = ()
+    #: Whether clients hear of it only once it is undone: the process that would tell them is the stopped one.
+    mute: bool = False
+    moments: tuple[str, ...] = MOMENTS
+    #: Seconds for which a fault that the engine outlives lasts.
+    lasts: float = 6.0
+
+
+def _process(what: str, number: int) -> Callable[[EngineStage], float]:
+    return lambda stage: stage.process(what).signal(number)
+
+
+def _daemon(host: str, number: int) -> Callable[[EngineStage], float]:
+    def inject(stage: EngineStage) -> float:
+        with contextlib.closing(stage.daemon(host)) as process:
+            at = process.signal(number)
+            if number == KILL:
+                process.gone(5)
+            return at
+
+    return inject
+
+
+def _restart(host: str) -> Callable[[EngineStage], float]:
+    def undo(stage: EngineStage) -> float:
+        at = time.monotonic()
+        stage.restart_daemon(host)
+        return at
+
+    return undo
+
+
+def _wire(direction: str = "both", **rule: object) -> Callable[[EngineStage], float]:
+    def inject(stage: EngineStage) -> float:
+        stage.wire.set(direction, **rule)
+        return time.monotonic()
+
+    return inject
+
+
+def _then(act: Callable[[EngineStage], object]) -> Callable[[EngineStage], float]:
+    def change(stage: EngineStage) -> float:
+        act(stage)
+        return time.monotonic()
+
+    return change
+
+
+_nothing = _then(lambda stage: None)
+_clear = _then(lambda stage: stage.wire.clear())
+#: How an end by silence reads, from whichever side noticed first.
+SILENT = ("silent", "no sign of life", "nothing heard", "reset by peer", "lost the keeper", "broken pipe")
+
+ENGINE_FAULTS = [
+    EngineFault(
+        "worker-kill-near",
+        "SIGKILL of stage 0's worker, on the host of `vllm serve`",
+        _process("worker@a", KILL),
+        _nothing,
+        "ends",
+        "its keeper (pidfd)",
+        ("SIGKILL",),
+    ),
+    EngineFault(
+        "worker-kill-far",
+        "SIGKILL of stage 1's worker, on the other host",
+        _process("worker@b", KILL),
+        _nothing,
+        "ends",
+        "its keeper (pidfd)",
+        ("SIGKILL",),
+    ),
+    EngineFault(
+        "worker-exit",
+        "stage 1's worker is ended by SIGTERM",
+        _process("worker@b", TERM),
+        _nothing,
+        "ends",
+        "its keeper (pidfd)",
+        ("SIGTERM",),
+    ),
+    EngineFault(
+        "keeper-kill-near",
+        "SIGKILL of the keeper on the host of `vllm serve`",
+        _process("keeper@a", KILL),
+        _nothing,
+        "ends",
+        "EngineCore (session ends); workers by death signal",
+        ("keeper",),
+    ),
+    EngineFault(
+        "keeper-kill-far",
+        "SIGKILL of the keeper on the other host",
+        _process("keeper@b", KILL),
+        _nothing,
+        "ends",
+        "EngineCore (session ends); workers by death signal",
+        ("keeper",),
+    ),
+    EngineFault(
+        "keeper-stop-far",
+        "SIGSTOP of the keeper on the other host",
+        _process("keeper@b", STOP),
+        _process("keeper@b", CONT),
+        "ends",
+        "EngineCore (silence)",
+        SILENT,
+        stays=("keeper@b", "worker@b", "helper"),
+    ),
+    EngineFault(
+        "enginecore-kill",
+        "SIGKILL of EngineCore",
+        _process("EngineCore", KILL),
+        _nothing,
+        "ends",
+        "vLLM's front end (its child), the keepers (session ends)",
+        ("driver",),
+    ),
+    EngineFault(
+        "enginecore-stop",
+        "SIGSTOP of EngineCore",
+        _process("EngineCore", STOP),
+        _process("EngineCore", CONT),
+        "ends",
+        "the keepers (silence); clients when it wakes",
+        ("driver",),
+        stays=("EngineCore", "api server", "helper"),
+        mute=True,
+    ),
+    EngineFault(
+        "api-kill",
+        "SIGKILL of vLLM's API server",
+        _process("api server", KILL),
+        _nothing,
+        "ends",
+        "EngineCore (its parent is gone), or the keepers with it",
+        state="",
+    ),
+    EngineFault(
+        "api-term",
+        "SIGTERM of vLLM's API server: an orderly end",
+        _process("api server", TERM),
+        _nothing,
+        "ends",
+        "vLLM's front end, which asks EngineCore to end",
+        state="stopped",
+        moments=("request", "idle"),
+    ),
+    EngineFault(
+        "api-stop",
+        "SIGSTOP of vLLM's API server for 6 s",
+        _process("api server", STOP),
+        _process("api server", CONT),
+        "lives",
+        "its clients, who wait",
+        moments=("loading", "request", "idle"),
+    ),
+    EngineFault(
+        "daemon-kill",
+        "SIGKILL of the node daemon on the other host, started again after 6 s",
+        _daemon("b", KILL),
+        _restart("b"),
+        "lives",
+        "the head; the engine does not notice",
+    ),
+    EngineFault(
+        "daemon-stop",
+        "SIGSTOP of the node daemon on the other host for 6 s",
+        _daemon("b", STOP),
+        _daemon("b", CONT),
+        "lives",
+        "the head (silence); the engine does not notice",
+    ),
+    EngineFault(
+        "head-kill",
+        "SIGKILL of the head, started again after 6 s",
+        _daemon("a", KILL),
+        _restart("a"),
+        "lives",
+        "the nodes; the engine does not notice",
+    ),
+    EngineFault(
+        "head-stop",
+        "SIGSTOP of the head for 6 s",
+        _daemon("a", STOP),
+        _daemon("a", CONT),
+        "lives",
+        "the nodes (silence); the engine does not notice",
+    ),
+    EngineFault(
+        "cut",
+        "the wire is cut",
+        _wire(cut=True),
+        _clear,
+        "ends",
+        "EngineCore and the keeper, each by silence",
+        SILENT,
+    ),
+    EngineFault(
+        "cut-from-driver",
+        "one-way cut: what the host of `vllm serve` sends does not arrive",
+        _wire("ab", cut=True),
+        _clear,
+        "ends",
+        "the keeper (silence), then EngineCore",
+        SILENT,
+    ),
+    EngineFault(
+        "cut-to-driver",
+        "one-way cut: what the other host sends does not arrive",
+        _wire("ba", cut=True),
+        _clear,
+        "ends",
+        "EngineCore (silence)",
+        SILENT,
+    ),
+    EngineFault("loss-5", "5 % of all packets lost, both ways", _wire(loss=5), _clear, "lives", "nobody", lasts=10),
+    EngineFault("loss-30", "30 % of all packets lost, both ways", _wire(loss=30), _clear, "lives", "nobody", lasts=20),
+    EngineFault(
+        "delay-200",
+        "200 ms of delay each way, up to 50 ms more, some packets out of order",
+        _wire(delay=200, jitter=50, reorder=2),
+        _clear,
+        "lives",
+        "nobody",
+        lasts=12,
+    ),
+    EngineFault(
+        "flap",
+        "the wire comes and goes: 1 s up, 1 s down",
+        _wire(flap="1000/1000"),
+        _clear,
+        "lives",
+        "nobody",
+        lasts=12,
+    ),
+    EngineFault(
+        "mtu-hole",
+        "packets over 1300 bytes vanish without a word",
+        _wire(mtu=1300),
+        _clear,
+        "ends",
+        "EngineCore and the keeper, each by silence, once something long is sent",
+        SILENT,
+        moments=("request",),
+    ),
+    EngineFault(
+        "disk-full",
+        "the file system of the other host's run dir is full",
+        _then(EngineStage.fill_disk),
+        _then(EngineStage.empty_disk),
+        "lives",
+        "nobody",
+    ),
+    EngineFault(
+        "clock-forward",
+        "the wall clock of both daemons jumps an hour forward",
+        _then(lambda stage: stage.set_clock(1)),
+        _then(lambda stage: stage.set_clock(0)),
+        "lives",
+        "nobody",
+    ),
+    EngineFault(
+        "clock-back",
+        "the wall clock of both daemons jumps an hour back",
+        _then(lambda stage: stage.set_clock(-1)),
+        _then(lambda stage: stage.set_clock(0)),
+        "lives",
+        "nobody",
+    ),
+    EngineFault(
+        "busy",
+        "every core saturated (eight busy loops a core, at normal priority)",
+        _then(EngineStage.make_busy),
+        _then(EngineStage.make_quiet),
+        "lives",
+        "nobody",
+        lasts=60,
+        moments=("request", "idle"),
+    ),
+]
+BY_NAME = {fault.name: fault for fault in ENGINE_FAULTS}
