@@ -117,7 +117,7 @@ def measure(way: str, sizes: list[int], repeats: int, share: float) -> list[dict
         for size in sizes:
             count = repeats if size < 1 << 24 else max(10, repeats // 10)
             ends, starts = group.call("run", size, count, timeout=120)
-            gaps = sorted((start - end) / 1e3 for end, start in zip(ends, starts, strict=True))[: count]
+            gaps = sorted((start - end) / 1e3 for end, start in zip(ends, starts, strict=True))[:count]
             rows.append(
                 {
                     "way": way,
@@ -128,7 +128,10 @@ def measure(way: str, sizes: list[int], repeats: int, share: float) -> list[dict
                     "p90_us": round(gaps[int(count * 0.9)], 1),
                 }
             )
-            print(f"{way:8} {size:>10} B  p50 {rows[-1]['p50_us']:>8} us  min {rows[-1]['min_us']:>8}  p90 {rows[-1]['p90_us']:>8}", flush=True)
+            print(
+                f"{way:8} {size:>10} B  p50 {rows[-1]['p50_us']:>8} us  min {rows[-1]['min_us']:>8}  p90 {rows[-1]['p90_us']:>8}",
+                flush=True,
+            )
         sent = group.call("report")[0]
         print(f"{way:8} {sent['transport']} {sent['gpu']}", flush=True)
         rows[-1]["report"] = sent

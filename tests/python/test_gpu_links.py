@@ -79,7 +79,9 @@ print("done")
 """
 
 
-@pytest.mark.skipif(not STAND_IN.exists(), reason="the stand-in for CUDA is not built (`cargo test -p rayless-fabric` builds it)")
+@pytest.mark.skipif(
+    not STAND_IN.exists(), reason="the stand-in for CUDA is not built (`cargo test -p rayless-fabric` builds it)"
+)
 def test_gpu_tensors_travel_and_what_was_kept_for_them_is_let_go(tmp_path: Path) -> None:
     (tmp_path / "libcuda.so.1").symlink_to(STAND_IN)
     environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
