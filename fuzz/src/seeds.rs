@@ -22,7 +22,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut hellos: Vec<Vec<u8>> = purposes.map(|purpose| Hello::of_this_build(purpose).encode()).into();
     hellos.push(Heartbeat { sequence: 1, incarnation: 2, rtt_us: 300 }.encode().into());
     write("hello", &hellos)?;
-    write("control", &[all(&samples::to_head(), encode), all(&samples::to_node(), encode)].concat())?;
+    write("control", &[all(&samples::to_head(), encode), all(&samples::from_head(), encode)].concat())?;
     write("local", &[all(&samples::client_messages(), encode), all(&samples::daemon_messages(), encode)].concat())?;
     let keeper = [
         all(&samples::to_keeper(), encode),
