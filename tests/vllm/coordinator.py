@@ -98,7 +98,9 @@ class Stage:
         from rayless.exceptions import LinkLostError
 
         try:
-            self.pp.irecv_tensor_dict(all_gather_group=self.tp)
+            _, handles, _ = self.pp.irecv_tensor_dict(all_gather_group=self.tp)
+            for handle in handles:
+                handle.wait()
         except LinkLostError as error:
             return str(error)
         return ""
