@@ -8,7 +8,8 @@ vLLM has three forms of it, and each gets the same two links:
 0.32            … and the worker waits for all but the first, which is the metadata's
 ==============  ======================================================================================
 
-So a send gives two handles: one for the metadata, which is done, and one for all tensors.
+So a send gives two handles: one for the metadata, which is done, and one for all tensors. A receive gives a dict that is
+filled when its handle is waited for, which the worker does right before the forward pass.
 
 With tensor parallelism each rank sends its share of a tensor to the rank of the same number in the next stage, and the
 receivers put the shares together among themselves with vLLM's own all-gather: every byte crosses once.
@@ -16,6 +17,7 @@ receivers put the shares together among themselves with vLLM's own all-gather: e
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +36,41 @@ class Done:
         """Returns."""
 
 
+class Coming:
+    """A dict that was asked for. Its header is waited for when somebody wants the tensors: until then this stage prepares its
+    inputs, beside the stage before, which sends the header when its own kernels have been launched."""
+
+    def __init__(self, receive: Callable[[], tuple[Incoming, list[Callable[[], None]]]]) -> None:
+        self._receive = receive
+        self._message: Incoming | None = None
+        self._joins: list[Callable[[], None]] = []
+        #: The dict; empty before :meth:`take`.
+        self.values: dict[str, Any] = {}
+
+    def take(self) -> Incoming:
+        """Waits for the header and allocates the tensors."""
+        if self._message is None:
+            self._message, self._joins = self._receive()
+            self.values.update(self._message.values)
+        return self._message
+
+    def wait(self) -> None:
+        """Returns when the bytes are in the tensors; for CUDA tensors, when the current stream will find them there."""
+        self.take().wait()
+
+    def is_completed(self) -> bool:
+        """Whether the bytes are in the tensors."""
+        return self._message is not None and self._message.is_completed()
+
+    def join(self) -> None:
+        """After :meth:`wait`: puts shares together."""
+        joins, self._joins = self._joins, []
+        for join in joins:
+            join()
+        if joins:
+            self.values.update(self.take().values)
+
+
 class Hop:
     """One rank's links to the stages before and after its own, under the methods of vLLM's pipeline group."""
 
@@ -44,6 +81,8 @@ class Hop:
         self._before = before
         self._after = after
         self._step = step
+        #: The last dict asked for.
+        self._coming: Coming | None = None
 
     def install(self) -> None:
         """Replaces what this release has of the methods, on the group's coordinator alone."""
@@ -86,8 +125,10 @@ class Hop:
             received: tuple[dict[str, Any] | None, list[Any], list[Callable[[], None]]]
             received = self._irecv_of_torch(src, all_gather_group, all_gather_tensors)
             return received
-        message, joins = self._receive(all_gather_group)
-        return message.values, [message], joins
+        if self._coming is not None:
+            self._coming.take()
+        self._coming = coming = Coming(functools.partial(self._receive, all_gather_group, self._step()))
+        return coming.values, [coming], [coming.join]
 
     # --- vLLM 0.15 ---
 
@@ -111,7 +152,7 @@ class Hop:
         if not self._is_neighbour(src, -1):
             received: dict[str, Any] | None = self._recv_of_torch(src, all_gather_group, all_gather_tensors)
             return received
-        message, joins = self._receive(all_gather_group)
+        message, joins = self._receive(all_gather_group, self._step())
         message.wait()
         for join in joins:
             join()
@@ -141,9 +182,9 @@ class Hop:
                 shares[name] = value.reshape(gather.world_size, -1)[gather.rank_in_group]
         return self._after.isend(shares, step=self._step(), note=whole or None)
 
-    def _receive(self, gather: Any) -> tuple[Incoming, list[Callable[[], None]]]:
+    def _receive(self, gather: Any, step: int) -> tuple[Incoming, list[Callable[[], None]]]:
         assert self._before is not None
-        message = self._before.irecv(step=self._step())
+        message = self._before.irecv(step=step)
         whole: dict[str, tuple[int, ...]] = message.note or {}
 
         def join(name: str, shape: tuple[int, ...]) -> Callable[[], None]:
