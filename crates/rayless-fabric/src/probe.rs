@@ -3,7 +3,10 @@
 use crate::{name::LinkName, transport::Level};
 use std::{
     fmt,
-    sync::atomic::{AtomicU8, AtomicU64, Ordering},
+    sync::{
+        OnceLock,
+        atomic::{AtomicU8, AtomicU64, Ordering},
+    },
 };
 
 /// What an end of a link is doing.
@@ -44,19 +47,29 @@ impl fmt::Display for Phase {
     }
 }
 
+/// Told of each whole message, by the thread that moved it: the number of messages so far.
+type Follower = Box<dyn Fn(u64) + Send + Sync>;
+
 /// A view on one end of a link that any thread may read at any time.
-#[derive(Debug)]
 pub struct Probe {
     name: LinkName,
     level: Level,
     messages: AtomicU64,
     bytes: AtomicU64,
     phase: AtomicU8,
+    follower: OnceLock<Follower>,
 }
 
 impl Probe {
     pub(crate) const fn new(name: LinkName, level: Level) -> Self {
-        Self { name, level, messages: AtomicU64::new(0), bytes: AtomicU64::new(0), phase: AtomicU8::new(0) }
+        Self {
+            name,
+            level,
+            messages: AtomicU64::new(0),
+            bytes: AtomicU64::new(0),
+            phase: AtomicU8::new(0),
+            follower: OnceLock::new(),
+        }
     }
 
     /// The link's name.
@@ -84,6 +97,12 @@ impl Probe {
         PHASES[usize::from(self.phase.load(Ordering::Relaxed)) % PHASES.len()].0
     }
 
+    /// Has `follower` called after each whole message from here on, with the number of messages so far. It runs within the
+    /// hop: it must be quick and must not wait. A second follower is ignored.
+    pub fn follow(&self, follower: impl Fn(u64) + Send + Sync + 'static) {
+        let _ = self.follower.set(Box::new(follower));
+    }
+
     pub(crate) fn enter(&self, phase: Phase) {
         self.phase.store(phase as u8, Ordering::Relaxed);
     }
@@ -91,6 +110,21 @@ impl Probe {
     pub(crate) fn moved(&self, bytes: u64) {
         // One thread writes these; others only read.
         self.bytes.store(self.bytes.load(Ordering::Relaxed) + bytes, Ordering::Relaxed);
-        self.messages.store(self.messages.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+        let messages = self.messages.load(Ordering::Relaxed) + 1;
+        self.messages.store(messages, Ordering::Relaxed);
+        if let Some(follower) = self.follower.get() {
+            follower(messages);
+        }
+    }
+}
+
+impl fmt::Debug for Probe {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Probe")
+            .field("name", &self.name)
+            .field("level", &self.level)
+            .field("messages", &self.messages())
+            .field("phase", &self.phase())
+            .finish_non_exhaustive()
     }
 }

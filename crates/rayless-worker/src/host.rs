@@ -12,7 +12,7 @@ use rayless_proto::{
     codec,
     ids::{CallId, Rank},
     limits::{MAX_CALL, MAX_LOCAL_MESSAGE},
-    v1::{control::WorkerState, step::LinkMoved},
+    v1::control::WorkerState,
 };
 use std::{
     collections::HashSet,
@@ -134,7 +134,7 @@ impl Worker {
                 spin: spin::among(ring.readers() + 1),
             }),
             replies: Mutex::new(ReplyWriter::new(Arc::clone(&ring), index)),
-            links: Links::new(rank, Arc::clone(&ring), links, link_boot),
+            links: Links::new(rank, Arc::clone(&ring), index, links, link_boot),
             ring,
             owed: Mutex::new(HashSet::new()),
         })
@@ -239,11 +239,6 @@ impl Worker {
     /// (`loading 3/61 shards`). Each call of this counts as progress. Cut to 64 bytes; costs about as much as a look at the clock.
     pub fn doing(&self, text: &str) {
         self.ring.set_doing(self.local_rank as usize, text);
-    }
-
-    /// Notes that one of this worker's links has begun a message; counts as progress.
-    pub fn link_moved(&self, peer: Rank, channel: u16, receiving: bool, sequence: u64) {
-        self.ring.set_link_moved(self.local_rank as usize, LinkMoved { peer, channel, receiving, sequence });
     }
 
     fn note(&self, state: WorkerState, call: CallId) {

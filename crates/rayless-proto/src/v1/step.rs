@@ -161,7 +161,7 @@ pub struct RankLook {
     pub stack: String,
 }
 
-/// The last message that a rank began on any of its links.
+/// The last whole message that a rank moved over any of its links.
 #[derive(Archive, Serialize, Deserialize, Clone, Copy, PartialEq, Eq, Debug)]
 pub struct LinkMoved {
     /// Rank at the other end.
@@ -170,7 +170,7 @@ pub struct LinkMoved {
     pub channel: u16,
     /// Whether this end receives.
     pub receiving: bool,
-    /// Number of the message.
+    /// Number of the message on its link, from 1.
     pub sequence: u64,
 }
 

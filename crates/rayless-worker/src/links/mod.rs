@@ -53,8 +53,9 @@ pub struct Links {
 }
 
 impl Links {
-    pub(crate) fn new(rank: Rank, ring: Arc<Ring>, socket: UnixStream, boot: Option<LinkBoot>) -> Self {
-        Self { shared: Arc::new(Shared::new(rank, ring, socket, boot)) }
+    /// `reader`: the worker's slot in the ring.
+    pub(crate) fn new(rank: Rank, ring: Arc<Ring>, reader: usize, socket: UnixStream, boot: Option<LinkBoot>) -> Self {
+        Self { shared: Arc::new(Shared::new(rank, ring, reader, socket, boot)) }
     }
 
     /// Opens the sending end of the link of that `channel` to rank `to`, whenever the other end asks for it within `within`. Blocks; the two

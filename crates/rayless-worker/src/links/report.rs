@@ -21,6 +21,12 @@ impl Live {
         Self { report, probe, proof }
     }
 
+    /// Has `follower` told the number of each message that the caller moves.
+    pub(super) fn follow(&self, follower: impl Fn(u64) + Send + Sync + 'static) {
+        let proof = self.proof.0;
+        self.probe.follow(move |messages| follower(messages - proof));
+    }
+
     /// A new report where something changed since the last one.
     pub(super) fn look(&mut self) -> Option<&LinkReport> {
         let report = &mut self.report;

@@ -12,7 +12,10 @@ use rayless_proto::{
     codec,
     ids::{GroupId, Rank},
     limits::HANDSHAKE_TIMEOUT,
-    v1::link::{LinkAnswer, LinkBoot, LinkNode, LinkOffer, LinkOpening, LinkReport, MAX_LINK_FRAME},
+    v1::{
+        link::{LinkAnswer, LinkBoot, LinkNode, LinkOffer, LinkOpening, LinkReport, MAX_LINK_FRAME},
+        step::LinkMoved,
+    },
 };
 use rustix::{
     event::{PollFd, PollFlags, poll},
@@ -47,6 +50,8 @@ pub(super) struct Shared {
     pub(super) rank: Rank,
     pub(super) spin: Duration,
     ring: Arc<Ring>,
+    /// This worker's slot in the ring.
+    reader: usize,
     socket: UnixStream,
     boot: Option<LinkBoot>,
     state: Mutex<State>,
@@ -96,11 +101,12 @@ impl Drop for Claim<'_> {
 }
 
 impl Shared {
-    pub(super) fn new(rank: Rank, ring: Arc<Ring>, socket: UnixStream, boot: Option<LinkBoot>) -> Self {
+    pub(super) fn new(rank: Rank, ring: Arc<Ring>, reader: usize, socket: UnixStream, boot: Option<LinkBoot>) -> Self {
         Self {
             rank,
             spin: spin::limit(ring.readers() + 1),
             ring,
+            reader,
             socket,
             boot,
             state: Mutex::default(),
@@ -201,8 +207,14 @@ impl Shared {
         let _ = (&self.socket).write_all(&whole);
     }
 
-    /// The link is open.
+    /// The link is open. From here on the line that is printed when nothing moves knows its last message.
     pub(super) fn keep(&self, live: Live) {
+        let (ring, reader, link) = (Arc::clone(&self.ring), self.reader, live.probe.name());
+        let receiving = !live.report.by_sender;
+        let peer = if receiving { link.from } else { link.to };
+        live.follow(move |message| {
+            ring.set_link_moved(reader, LinkMoved { peer, channel: link.channel, receiving, sequence: message });
+        });
         self.tell(&live.report);
         let mut state = self.lock();
         state.live.push(live);

@@ -234,14 +234,12 @@ impl Ring {
         String::from_utf8_lossy(&bytes[..length]).chars().filter(|c| !c.is_control()).collect()
     }
 
-    /// A link of this worker began a message.
+    /// A link of this worker has moved a whole message; its number is counted from 1.
     pub(crate) fn set_link_moved(&self, reader: usize, moved: LinkMoved) {
         let channel = u32::from(moved.channel) + if moved.receiving { RECEIVING } else { 0 };
         self.map.word32(Self::slot(reader, SLOT_LINK_PEER)).store(moved.peer, Ordering::Relaxed);
         self.map.word32(Self::slot(reader, SLOT_LINK_CHANNEL)).store(channel, Ordering::Relaxed);
-        self.map
-            .word64(Self::slot(reader, SLOT_LINK_SEQUENCE))
-            .store(moved.sequence.saturating_add(1), Ordering::Relaxed);
+        self.map.word64(Self::slot(reader, SLOT_LINK_SEQUENCE)).store(moved.sequence, Ordering::Relaxed);
         self.set_since(reader);
     }
 
@@ -250,7 +248,7 @@ impl Ring {
         let sequence = self.map.word64(Self::slot(reader, SLOT_LINK_SEQUENCE)).load(Ordering::Relaxed);
         let channel = self.map.word32(Self::slot(reader, SLOT_LINK_CHANNEL)).load(Ordering::Relaxed);
         let peer: Rank = self.map.word32(Self::slot(reader, SLOT_LINK_PEER)).load(Ordering::Relaxed);
-        sequence.checked_sub(1).map(|sequence| LinkMoved {
+        (sequence > 0).then_some(LinkMoved {
             peer,
             channel: (channel & 0xffff) as u16,
             receiving: channel & RECEIVING != 0,

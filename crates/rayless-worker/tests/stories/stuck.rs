@@ -2,9 +2,9 @@
 
 use crate::{
     Story,
-    world::{World, all, wait_gone},
+    world::{World, all, texts, wait_gone},
 };
-use rayless_proto::v1::{control::WorkerState, keeper::FromKeeper};
+use rayless_proto::v1::{control::WorkerState, keeper::FromKeeper, step::LinkMoved};
 use rayless_worker::driver::{Asked, CallError, Callbacks, GroupFailure, StuckReport, WorkerGroup};
 use std::{
     sync::mpsc::{Receiver, channel},
@@ -34,6 +34,7 @@ fn told() {
     let mut world = World::new(2, 2);
     let (group, reports) = start(&world);
     all(&group, "echo").unwrap();
+    assert_eq!(texts(&all(&group, "link 2 0 0 3").unwrap()), ["received by tcp", "", "sent by tcp", ""]);
     let pids = group.pids();
     let call = group.call(&b"on 2 sleep 60000"[..], &Asked::All, None).unwrap();
     let report = reports.recv_timeout(SOON).unwrap();
@@ -44,17 +45,18 @@ fn told() {
     assert_eq!(told, [(0, "a", ready), (1, "a", ready), (2, "b", busy), (3, "b", ready)]);
     let stuck = &report.ranks[2].0;
     assert_eq!((stuck.pid, stuck.call, stuck.doing.as_str()), (pids[2].1, call.id(), "sleep"));
+    assert_eq!(stuck.link, Some(LinkMoved { peer: 0, channel: 0, receiving: false, sequence: 3 }));
     assert!(stuck.stack.contains("kernel: thread "), "{}", stuck.stack);
     assert!(report.ranks[0].0.stack.is_empty());
     let lines = report.lines();
     assert!(
-        lines[3].starts_with(&format!("rank 2 on node b (pid {}): 0 s in sleep (call 2)", pids[2].1)),
+        lines[3].starts_with(&format!("rank 2 on node b (pid {}): 0 s in sleep (call 3)", pids[2].1)),
         "{lines:#?}"
     );
-    assert!(lines[1].ends_with("waits for call 3"), "{lines:#?}");
+    assert!(lines[1].ends_with("waits for call 4, last received message 3 from rank 2"), "{lines:#?}");
     // Its log has the whole of it, and the daemon of its node a line for `status`.
     let log = std::fs::read_to_string(world.log_of(1, 2)).unwrap();
-    assert!(log.contains("rayless: no progress: 0 s in sleep (call 2)") && log.contains("kernel: thread "), "{log}");
+    assert!(log.contains("rayless: no progress: 0 s in sleep (call 3)") && log.contains("kernel: thread "), "{log}");
     let said = world.runtime.block_on(async {
         loop {
             if let Some(FromKeeper::Stuck { line }) = world.handles[1].next().await {
@@ -62,7 +64,7 @@ fn told() {
             }
         }
     });
-    assert_eq!(said, "rank 2: 0 s in sleep (call 2)");
+    assert_eq!(said, "rank 2: 0 s in sleep (call 3), last sent message 3 to rank 0");
     // Nothing moves: told again, later and later.
     let again = reports.recv_timeout(SOON).unwrap();
     assert!(again.waited >= 2 * report.waited && again.again >= again.waited, "{again:?}");
