@@ -27,8 +27,10 @@ pub(super) struct ShmInbound {
     memory: Arc<Memory>,
     poke: Arc<Poke>,
     socket: Option<Watched>,
-    /// Our own counter, as last published.
+    /// Our own counter.
     head: u64,
+    /// The same, as last published. It lags behind by headers: a message then costs one publication and not two.
+    published: u64,
     /// The sender's, as last seen.
     tail: u64,
     sleeps: u64,
@@ -38,7 +40,7 @@ impl ShmInbound {
     pub(super) fn new(memory: Arc<Memory>, socket: UnixStream) -> Result<Self, Errno> {
         let poke = Arc::new(Poke::new(Arc::clone(&memory), |words| &words.data.0));
         let socket = Some(watch(socket, &poke)?);
-        Ok(Self { memory, poke, socket, head: 0, tail: 0, sleeps: 0 })
+        Ok(Self { memory, poke, socket, head: 0, published: 0, tail: 0, sleeps: 0 })
     }
 
     /// Bytes that have come; looks at the sender's counter only when the last look does not suffice.
@@ -53,10 +55,11 @@ impl ShmInbound {
         Ok((self.tail - self.head).min(wanted))
     }
 
-    fn publish(&mut self, head: u64) {
+    /// Gives the room back that has been read.
+    fn publish(&mut self) {
         let words = self.memory.words();
-        self.head = head;
-        words.head.0.store(head, Ordering::Release);
+        self.published = self.head;
+        words.head.0.store(self.head, Ordering::Release);
         ring(&words.room.0);
     }
 }
@@ -76,7 +79,10 @@ impl Inbound for ShmInbound {
             let end = *filled + available as usize;
             self.memory.copy_out(self.head, &mut head[*filled..end]);
             *filled = end;
-            self.publish(self.head + available);
+            self.head += available;
+            if self.head - self.published >= PIECE {
+                self.publish();
+            }
         }
         Ok(*filled == head.len())
     }
@@ -95,12 +101,16 @@ impl Inbound for ShmInbound {
                 true
             });
             *filled += available;
-            self.publish(at);
+            self.head = at;
+            self.publish();
         }
     }
 
     fn wait(&mut self, at_most: Duration) -> Result<(), TransportError> {
         self.sleeps += 1;
+        if self.published != self.head {
+            self.publish();
+        }
         let words = self.memory.words();
         let seen = self.tail;
         let moved = || words.tail.0.load(Ordering::Acquire) != seen;
