@@ -48,7 +48,7 @@ use std::{
 use tokio::{
     sync::{mpsc, oneshot},
     task::{JoinHandle as Task, yield_now},
-    time::sleep,
+    time::{sleep, timeout},
 };
 
 /// Events that wait for the main thread; with more, peers are not read further.
@@ -57,6 +57,9 @@ const STACK: usize = 1 << 20;
 /// Between two attempts to bring a lost heartbeat connection back.
 const RETRY_FROM: Duration = Duration::from_millis(50);
 const RETRY_TO: Duration = Duration::from_secs(1);
+
+/// How long a thread that ends waits for its last words to arrive.
+const FAREWELL: Duration = Duration::from_secs(1);
 
 /// What the thread is started with.
 pub struct NetConfig {
@@ -183,7 +186,8 @@ impl NetThread {
         let _ = self.commands.send(Command::StopBeating);
     }
 
-    /// Ends every session with `reason`, lets the peers know (a second at most), and ends the thread.
+    /// Ends every session with `reason`, lets the peers know (a second at most), and ends the thread. What was sent on sessions that were closed
+    /// before arrives first (another second at most).
     pub async fn shutdown(mut self, reason: &str) {
         let (done, finished) = oneshot::channel();
         let _ = self.commands.send(Command::Shutdown { reason: reason.to_owned(), done });
@@ -247,6 +251,13 @@ impl Calling {
                     Some(Command::Shutdown { reason, done }) => {
                         self.stop_beating();
                         self.dialling.take().inspect(Task::abort);
+                        // Last words, a node's leave among them, that the main thread has queued before this.
+                        let farewells = async {
+                            for control in called.iter().map(|(_, control)| control).chain(nodes.values().map(|(control, _)| control)) {
+                                control.ended().await;
+                            }
+                        };
+                        let _ = timeout(FAREWELL, farewells).await;
                         if let Some((endpoint, _)) = &called {
                             endpoint.close(CloseCode::Done, &reason).await;
                         }

@@ -6,7 +6,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
     },
 };
 use tokio::sync::mpsc;
@@ -25,6 +25,7 @@ pub struct ControlSession {
     link: Link,
     queue: mpsc::UnboundedSender<Out>,
     queued: Arc<AtomicUsize>,
+    ending: Arc<AtomicBool>,
 }
 
 /// What waits to go out.
@@ -44,7 +45,8 @@ impl ControlSession {
     pub(super) fn new(id: SessionId, link: Link) -> (Self, mpsc::UnboundedReceiver<Out>, Arc<AtomicUsize>) {
         let (queue, outgoing) = mpsc::unbounded_channel();
         let queued = Arc::new(AtomicUsize::new(0));
-        (Self { id, link, queue, queued: queued.clone() }, outgoing, queued)
+        let ending = Arc::new(AtomicBool::new(false));
+        (Self { id, link, queue, queued: queued.clone(), ending }, outgoing, queued)
     }
 
     /// Its name.
@@ -97,7 +99,15 @@ impl ControlSession {
 
     /// Ends the session once all that was queued has arrived (or after a second). A [`NetEvent::Closed`](super::NetEvent::Closed) follows.
     pub fn close(&self, code: CloseCode, reason: &str) {
+        self.ending.store(true, Relaxed);
         let _ = self.queue.send(Out::Close(code, reason.to_owned()));
+    }
+
+    /// Where [`close`](Self::close) was called: waits until all that was queued has arrived, or the session is over otherwise.
+    pub(super) async fn ended(&self) {
+        if self.ending.load(Relaxed) {
+            self.link.closed().await;
+        }
     }
 
     /// Makes the peer show that it still knows this connection: one that was restarted answers with a reset.

@@ -134,6 +134,21 @@ async fn all_that_was_said_before_the_end_arrives_and_then_the_reason() {
 }
 
 #[tokio::test]
+async fn last_words_arrive_even_if_the_thread_ends_at_once() {
+    let mut c = cluster();
+    let mut n = Daemon::start(&node(&c.token), None);
+    n.net.dial(c.address, LOCAL);
+    let near = n.opened().await;
+    c.head.opened().await;
+    // More than leaves with one datagram.
+    let words = vec![7; 3 << 20];
+    near.send(words.clone()).unwrap();
+    near.close(CloseCode::Done, "");
+    n.net.shutdown("stopped").await;
+    assert!(c.head.message().await == words);
+}
+
+#[tokio::test]
 async fn a_newer_session_of_a_node_takes_over_after_the_older_has_ended() {
     let mut c = cluster();
     let identity = node(&c.token);
