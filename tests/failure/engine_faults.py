@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from engine_stage import MOMENTS, EngineStage
+from ground_faults import clear, nothing, restart, to_daemon, wire
 
 KILL, STOP, CONT, TERM = signal.SIGKILL, signal.SIGSTOP, signal.SIGCONT, signal.SIGTERM
 
@@ -42,34 +42,6 @@ def _process(what: str, number: int) -> Callable[[EngineStage], float]:
     return lambda stage: stage.process(what).signal(number)
 
 
-def _daemon(host: str, number: int) -> Callable[[EngineStage], float]:
-    def inject(stage: EngineStage) -> float:
-        with contextlib.closing(stage.daemon(host)) as process:
-            at = process.signal(number)
-            if number == KILL:
-                process.gone(5)
-            return at
-
-    return inject
-
-
-def _restart(host: str) -> Callable[[EngineStage], float]:
-    def undo(stage: EngineStage) -> float:
-        at = time.monotonic()
-        stage.restart_daemon(host)
-        return at
-
-    return undo
-
-
-def _wire(direction: str = "both", **rule: object) -> Callable[[EngineStage], float]:
-    def inject(stage: EngineStage) -> float:
-        stage.wire.set(direction, **rule)
-        return time.monotonic()
-
-    return inject
-
-
 def _then(act: Callable[[EngineStage], object]) -> Callable[[EngineStage], float]:
     def change(stage: EngineStage) -> float:
         act(stage)
@@ -78,8 +50,6 @@ def _then(act: Callable[[EngineStage], object]) -> Callable[[EngineStage], float
     return change
 
 
-_nothing = _then(lambda stage: None)
-_clear = _then(lambda stage: stage.wire.clear())
 #: How an end by silence reads, from whichever side noticed first.
 SILENT = ("silent", "no sign of life", "nothing heard", "reset by peer", "lost the keeper", "broken pipe")
 
@@ -88,7 +58,7 @@ ENGINE_FAULTS = [
         "worker-kill-near",
         "SIGKILL of stage 0's worker, on the host of `vllm serve`",
         _process("worker@a", KILL),
-        _nothing,
+        nothing,
         "ends",
         "its keeper (pidfd)",
         ("SIGKILL",),
@@ -97,7 +67,7 @@ ENGINE_FAULTS = [
         "worker-kill-far",
         "SIGKILL of stage 1's worker, on the other host",
         _process("worker@b", KILL),
-        _nothing,
+        nothing,
         "ends",
         "its keeper (pidfd)",
         ("SIGKILL",),
@@ -106,7 +76,7 @@ ENGINE_FAULTS = [
         "worker-exit",
         "stage 1's worker is ended by SIGTERM",
         _process("worker@b", TERM),
-        _nothing,
+        nothing,
         "ends",
         "its keeper (pidfd)",
         ("SIGTERM",),
@@ -115,7 +85,7 @@ ENGINE_FAULTS = [
         "keeper-kill-near",
         "SIGKILL of the keeper on the host of `vllm serve`",
         _process("keeper@a", KILL),
-        _nothing,
+        nothing,
         "ends",
         "EngineCore (session ends); workers by death signal",
         ("keeper",),
@@ -124,7 +94,7 @@ ENGINE_FAULTS = [
         "keeper-kill-far",
         "SIGKILL of the keeper on the other host",
         _process("keeper@b", KILL),
-        _nothing,
+        nothing,
         "ends",
         "EngineCore (session ends); workers by death signal",
         ("keeper",),
@@ -143,7 +113,7 @@ ENGINE_FAULTS = [
         "enginecore-kill",
         "SIGKILL of EngineCore",
         _process("EngineCore", KILL),
-        _nothing,
+        nothing,
         "ends",
         "vLLM's front end (its child), the keepers (session ends)",
         ("driver",),
@@ -163,7 +133,7 @@ ENGINE_FAULTS = [
         "api-kill",
         "SIGKILL of vLLM's API server",
         _process("api server", KILL),
-        _nothing,
+        nothing,
         "ends",
         "EngineCore (its parent is gone), or the keepers with it",
         state="",
@@ -172,7 +142,7 @@ ENGINE_FAULTS = [
         "api-term",
         "SIGTERM of vLLM's API server: an orderly end",
         _process("api server", TERM),
-        _nothing,
+        nothing,
         "ends",
         "vLLM's front end, which asks EngineCore to end",
         state="stopped",
@@ -190,40 +160,40 @@ ENGINE_FAULTS = [
     EngineFault(
         "daemon-kill",
         "SIGKILL of the node daemon on the other host, started again after 6 s",
-        _daemon("b", KILL),
-        _restart("b"),
+        to_daemon("b", KILL),
+        restart("b"),
         "lives",
         "the head; the engine does not notice",
     ),
     EngineFault(
         "daemon-stop",
         "SIGSTOP of the node daemon on the other host for 6 s",
-        _daemon("b", STOP),
-        _daemon("b", CONT),
+        to_daemon("b", STOP),
+        to_daemon("b", CONT),
         "lives",
         "the head (silence); the engine does not notice",
     ),
     EngineFault(
         "head-kill",
         "SIGKILL of the head, started again after 6 s",
-        _daemon("a", KILL),
-        _restart("a"),
+        to_daemon("a", KILL),
+        restart("a"),
         "lives",
         "the nodes; the engine does not notice",
     ),
     EngineFault(
         "head-stop",
         "SIGSTOP of the head for 6 s",
-        _daemon("a", STOP),
-        _daemon("a", CONT),
+        to_daemon("a", STOP),
+        to_daemon("a", CONT),
         "lives",
         "the nodes (silence); the engine does not notice",
     ),
     EngineFault(
         "cut",
         "the wire is cut",
-        _wire(cut=True),
-        _clear,
+        wire(cut=True),
+        clear,
         "ends",
         "EngineCore and the keeper, each by silence",
         SILENT,
@@ -231,8 +201,8 @@ ENGINE_FAULTS = [
     EngineFault(
         "cut-from-driver",
         "one-way cut: what the host of `vllm serve` sends does not arrive",
-        _wire("ab", cut=True),
-        _clear,
+        wire("ab", cut=True),
+        clear,
         "ends",
         "the keeper (silence), then EngineCore",
         SILENT,
@@ -240,19 +210,19 @@ ENGINE_FAULTS = [
     EngineFault(
         "cut-to-driver",
         "one-way cut: what the other host sends does not arrive",
-        _wire("ba", cut=True),
-        _clear,
+        wire("ba", cut=True),
+        clear,
         "ends",
         "EngineCore (silence)",
         SILENT,
     ),
-    EngineFault("loss-5", "5 % of all packets lost, both ways", _wire(loss=5), _clear, "lives", "nobody", lasts=10),
-    EngineFault("loss-30", "30 % of all packets lost, both ways", _wire(loss=30), _clear, "lives", "nobody", lasts=20),
+    EngineFault("loss-5", "5 % of all packets lost, both ways", wire(loss=5), clear, "lives", "nobody", lasts=10),
+    EngineFault("loss-30", "30 % of all packets lost, both ways", wire(loss=30), clear, "lives", "nobody", lasts=20),
     EngineFault(
         "delay-200",
         "200 ms of delay each way, up to 50 ms more, some packets out of order",
-        _wire(delay=200, jitter=50, reorder=2),
-        _clear,
+        wire(delay=200, jitter=50, reorder=2),
+        clear,
         "lives",
         "nobody",
         lasts=12,
@@ -260,8 +230,8 @@ ENGINE_FAULTS = [
     EngineFault(
         "flap",
         "the wire comes and goes: 1 s up, 1 s down",
-        _wire(flap="1000/1000"),
-        _clear,
+        wire(flap="1000/1000"),
+        clear,
         "lives",
         "nobody",
         lasts=12,
@@ -269,8 +239,8 @@ ENGINE_FAULTS = [
     EngineFault(
         "mtu-hole",
         "packets over 1300 bytes vanish without a word",
-        _wire(mtu=1300),
-        _clear,
+        wire(mtu=1300),
+        clear,
         "ends",
         "EngineCore and the keeper, each by silence, once something long is sent",
         SILENT,

@@ -15,10 +15,14 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from engine_faults import ENGINE_FAULTS, EngineFault
 from engine_stage import CLOCK_LIBRARY, Asker, EngineStage, Health
 from stage import HANG, Hang
+
+if TYPE_CHECKING:
+    from serving import Server
 
 RESULTS = Path("docs", "failure-matrix-engines.json")
 #: For an answer of a few tokens under the worst of the wires; a step's own limit is 300 s.
@@ -80,14 +84,19 @@ def play(stage: EngineStage, fault: EngineFault, moment: str, cell: EngineCell) 
     return cell
 
 
-def _ends(stage: EngineStage, fault: EngineFault, moment: str, cell: EngineCell) -> None:
-    asker: Asker | None = None
+def _server(stage: EngineStage, moment: str) -> Server:
+    """An engine that loads its weights, or one that answers."""
     if moment == "loading":
         stage.load()
     else:
         stage.engine()
-    server = stage.server
-    assert server
+    assert stage.server
+    return stage.server
+
+
+def _ends(stage: EngineStage, fault: EngineFault, moment: str, cell: EngineCell) -> None:
+    asker: Asker | None = None
+    server = _server(stage, moment)
     health = Health(server) if moment != "loading" else None
     if moment == "request":
         asker = Asker(server, long=True)
@@ -154,12 +163,7 @@ def _note_end(stage: EngineStage, fault: EngineFault, cell: EngineCell, undone: 
 
 def _lives(stage: EngineStage, fault: EngineFault, moment: str, cell: EngineCell) -> None:
     asker: Asker | None = None
-    if moment == "loading":
-        stage.load()
-    else:
-        stage.engine()
-    server = stage.server
-    assert server
+    server = _server(stage, moment)
     before = len(stage.events())
     if moment == "request":
         asker = Asker(server, long=False)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from ground_faults import clear, nothing, restart, to_daemon, wire
 from stage import Process, Stage
 
 #: Where a fault finds the group.
@@ -41,58 +41,12 @@ class Fault:
     quick: tuple[str, ...] = ()
 
 
-def _nothing(_stage: Stage) -> float:
-    return time.monotonic()
-
-
-def _clear(stage: Stage) -> float:
-    stage.wire.clear()
-    return time.monotonic()
-
-
 def _to_group(pick: Callable[[Stage], Process], number: int) -> Callable[[Stage], float]:
     return lambda stage: pick(stage).signal(number)
 
 
 def _continue(pick: Callable[[Stage], Process]) -> Callable[[Stage], float]:
     return lambda stage: pick(stage).signal(signal.SIGCONT)
-
-
-@contextlib.contextmanager
-def _daemon(stage: Stage, host: str) -> Iterator[Process]:
-    process = stage.daemon(host)
-    try:
-        yield process
-    finally:
-        process.close()
-
-
-def _to_daemon(host: str, number: int) -> Callable[[Stage], float]:
-    def inject(stage: Stage) -> float:
-        with _daemon(stage, host) as process:
-            at = process.signal(number)
-            if number == signal.SIGKILL:
-                process.gone(5)
-            return at
-
-    return inject
-
-
-def _restart(host: str) -> Callable[[Stage], float]:
-    def undo(stage: Stage) -> float:
-        at = time.monotonic()
-        stage.restart_daemon(host)
-        return at
-
-    return undo
-
-
-def _wire(direction: str = "both", **rule: object) -> Callable[[Stage], float]:
-    def inject(stage: Stage) -> float:
-        stage.wire.set(direction, **rule)
-        return time.monotonic()
-
-    return inject
 
 
 def _driver(number: int) -> Callable[[Stage], float]:
@@ -153,7 +107,7 @@ FAULTS = [
         "worker-kill-near",
         "SIGKILL of a worker on the driver's host",
         _to_group(_worker("a"), KILL),
-        _nothing,
+        nothing,
         "ends",
         "its keeper (pidfd)",
         ("killed", "SIGKILL", "signal 9"),
@@ -163,7 +117,7 @@ FAULTS = [
         "worker-kill-far",
         "SIGKILL of a worker on the other host",
         _to_group(_worker("b"), KILL),
-        _nothing,
+        nothing,
         "ends",
         "its keeper (pidfd)",
         ("killed", "SIGKILL", "signal 9"),
@@ -173,7 +127,7 @@ FAULTS = [
         "worker-exit-near",
         "a worker on the driver's host ends with code 3",
         Stage.go,
-        _nothing,
+        nothing,
         "ends",
         "its keeper (pidfd)",
         ("3",),
@@ -184,7 +138,7 @@ FAULTS = [
         "worker-exit-far",
         "a worker on the other host ends with code 3",
         Stage.go,
-        _nothing,
+        nothing,
         "ends",
         "its keeper (pidfd)",
         ("3",),
@@ -204,7 +158,7 @@ FAULTS = [
         "keeper-kill-near",
         "SIGKILL of the keeper on the driver's host",
         _to_group(_keeper("a"), KILL),
-        _nothing,
+        nothing,
         "ends",
         "the driver (session ends); workers by death signal",
         ("keeper",),
@@ -214,7 +168,7 @@ FAULTS = [
         "keeper-kill-far",
         "SIGKILL of the keeper on the other host",
         _to_group(_keeper("b"), KILL),
-        _nothing,
+        nothing,
         "ends",
         "the driver (session ends); workers by death signal",
         ("keeper",),
@@ -247,8 +201,8 @@ FAULTS = [
     Fault(
         "daemon-kill",
         "SIGKILL of the node daemon on the other host, started again after a while",
-        _to_daemon("b", KILL),
-        _restart("b"),
+        to_daemon("b", KILL),
+        restart("b"),
         "lives",
         "the head; the group does not notice",
         quick=("call",),
@@ -256,8 +210,8 @@ FAULTS = [
     Fault(
         "daemon-stop",
         "SIGSTOP of the node daemon on the other host for 6 s",
-        _to_daemon("b", STOP),
-        _to_daemon("b", CONT),
+        to_daemon("b", STOP),
+        to_daemon("b", CONT),
         "lives",
         "the head (silence); the group does not notice",
         repeats=5,
@@ -265,8 +219,8 @@ FAULTS = [
     Fault(
         "head-kill",
         "SIGKILL of the head, started again after a while",
-        _to_daemon("a", KILL),
-        _restart("a"),
+        to_daemon("a", KILL),
+        restart("a"),
         "lives",
         "the nodes; the group does not notice",
         quick=("call",),
@@ -274,8 +228,8 @@ FAULTS = [
     Fault(
         "head-stop",
         "SIGSTOP of the head for 6 s",
-        _to_daemon("a", STOP),
-        _to_daemon("a", CONT),
+        to_daemon("a", STOP),
+        to_daemon("a", CONT),
         "lives",
         "the nodes (silence); the group does not notice",
         repeats=5,
@@ -309,8 +263,8 @@ FAULTS = [
     Fault(
         "cut",
         "the wire is cut",
-        _wire(cut=True),
-        _clear,
+        wire(cut=True),
+        clear,
         "ends",
         "driver and keeper, each by silence",
         ("silent", "nothing heard", "no sign"),
@@ -319,8 +273,8 @@ FAULTS = [
     Fault(
         "cut-from-driver",
         "one-way cut: what the driver's host sends does not arrive",
-        _wire("ab", cut=True),
-        _clear,
+        wire("ab", cut=True),
+        clear,
         "ends",
         "the keeper (silence), then the driver",
         quick=("call",),
@@ -328,16 +282,16 @@ FAULTS = [
     Fault(
         "cut-to-driver",
         "one-way cut: what the other host sends does not arrive",
-        _wire("ba", cut=True),
-        _clear,
+        wire("ba", cut=True),
+        clear,
         "ends",
         "the driver (silence)",
     ),
     Fault(
         "loss-5",
         "5 % of all packets lost, both ways",
-        _wire(loss=5),
-        _clear,
+        wire(loss=5),
+        clear,
         "lives",
         "nobody",
         repeats=3,
@@ -346,8 +300,8 @@ FAULTS = [
     Fault(
         "loss-30",
         "30 % of all packets lost, both ways",
-        _wire(loss=30),
-        _clear,
+        wire(loss=30),
+        clear,
         "lives",
         "nobody",
         repeats=3,
@@ -356,8 +310,8 @@ FAULTS = [
     Fault(
         "delay-200",
         "200 ms of delay each way, up to 50 ms more, some packets out of order",
-        _wire(delay=200, jitter=50, reorder=2),
-        _clear,
+        wire(delay=200, jitter=50, reorder=2),
+        clear,
         "lives",
         "nobody",
         repeats=3,
@@ -366,8 +320,8 @@ FAULTS = [
     Fault(
         "flap",
         "the wire comes and goes: 1 s up, 1 s down",
-        _wire(flap="1000/1000"),
-        _clear,
+        wire(flap="1000/1000"),
+        clear,
         "lives",
         "nobody",
         repeats=3,
@@ -376,8 +330,8 @@ FAULTS = [
     Fault(
         "mtu-hole",
         "packets over 1300 bytes vanish without a word",
-        _wire(mtu=1300),
-        _clear,
+        wire(mtu=1300),
+        clear,
         "ends",
         "driver and keeper, each by silence, once something long is sent",
         moments=("call",),
