@@ -84,43 +84,31 @@ impl<'a, 'b> ScatterMut<'a, 'b> {
     }
 
     /// Hands `visit` the slices that make up `offset..offset + len`, until it returns false.
-    pub fn walk(&mut self, mut offset: u64, mut len: u64, mut visit: impl FnMut(&mut [u8]) -> bool) {
-        let tail = std::iter::once(&mut *self.tail);
-        for part in self.parts.iter_mut().map(|part| &mut **part).chain(tail) {
-            let part_len = part.len() as u64;
-            if offset >= part_len {
-                offset -= part_len;
-                continue;
-            }
-            let take = (part_len - offset).min(len);
-            if take == 0 || !visit(&mut part[offset as usize..(offset + take) as usize]) {
-                return;
-            }
-            len -= take;
-            offset = 0;
-        }
+    pub fn walk(&mut self, offset: u64, len: u64, visit: impl FnMut(&mut [u8]) -> bool) {
+        self.slices(offset, len).all(visit);
     }
-}
 
-impl ScatterMut<'_, '_> {
     /// Lists the slices that make up `offset..offset + len` in `out`, as many as it has room for; gives how many.
-    pub(crate) fn list<'s>(&'s mut self, mut offset: u64, mut len: u64, out: &mut [IoSliceMut<'s>]) -> usize {
-        let mut used = 0;
+    pub(crate) fn list<'s>(&'s mut self, offset: u64, len: u64, out: &mut [IoSliceMut<'s>]) -> usize {
+        let listed = out.iter_mut().zip(self.slices(offset, len));
+        listed.map(|(place, slice)| *place = IoSliceMut::new(slice)).count()
+    }
+
+    /// The slices that make up `offset..offset + len`, none of them empty.
+    fn slices(&mut self, mut offset: u64, mut len: u64) -> impl Iterator<Item = &mut [u8]> {
         let tail = std::iter::once(&mut *self.tail);
-        for part in self.parts.iter_mut().map(|part| &mut **part).chain(tail) {
+        self.parts.iter_mut().map(|part| &mut **part).chain(tail).filter_map(move |part| {
             let part_len = part.len() as u64;
             if offset >= part_len {
                 offset -= part_len;
-                continue;
+                return None;
             }
             let take = (part_len - offset).min(len);
-            let Some(place) = out.get_mut(used).filter(|_| take > 0) else { break };
-            *place = IoSliceMut::new(&mut part[offset as usize..(offset + take) as usize]);
-            used += 1;
+            let slice = &mut part[offset as usize..(offset + take) as usize];
             len -= take;
             offset = 0;
-        }
-        used
+            (take > 0).then_some(slice)
+        })
     }
 }
 
