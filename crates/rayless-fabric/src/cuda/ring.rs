@@ -155,8 +155,7 @@ impl Ring {
         if !self.is_free(chunk) {
             out.push(Operation::WaitFor { word: self.free_address(chunk), value: free_for(chunk) });
         }
-        let slot = self.slot_address(chunk);
-        out.extend(pieces.map(|p| Operation::Copy { to: slot + p.at as Address, from: p.address, bytes: p.bytes }));
+        self.copy_in(chunk, pieces, out);
         out.push(Operation::Write { word: self.full_address(chunk), value: chunk.wrapping_add(1) });
     }
 
