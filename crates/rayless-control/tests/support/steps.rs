@@ -401,23 +401,7 @@ impl World {
         for (rank, by_sender) in [(from, true), (to, false)] {
             let Some(p) = self.drivers[driver].placements.iter().find(|p| p.rank == rank) else { continue };
             let host = host_of(p.node);
-            let report = LinkReport {
-                from,
-                to,
-                channel: 0,
-                by_sender,
-                state,
-                cause: String::new(),
-                transport: Some(transport),
-                device: String::new(),
-                gid: String::new(),
-                mtu: 0,
-                rejected: Vec::new(),
-                encrypted: false,
-                verified: false,
-                messages: 0,
-                bytes: 0,
-            };
+            let report = LinkReport { transport: Some(transport), ..LinkReport::new(from, to, 0, by_sender, state) };
             if let Some(keeper) = self.hosts[host].keepers.get_mut(&group) {
                 report.clone().put_into(&mut keeper.links, usize::MAX);
                 self.tell_head(host, ToHead::LinkChanged { group, report });

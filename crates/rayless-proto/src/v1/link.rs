@@ -307,6 +307,27 @@ pub struct LinkReport {
 }
 
 impl LinkReport {
+    /// Of one end of a link, with nothing settled yet.
+    pub const fn new(from: Rank, to: Rank, channel: u16, by_sender: bool, state: LinkState) -> Self {
+        Self {
+            from,
+            to,
+            channel,
+            by_sender,
+            state,
+            cause: String::new(),
+            transport: None,
+            device: String::new(),
+            gid: String::new(),
+            mtu: 0,
+            rejected: Vec::new(),
+            encrypted: false,
+            verified: false,
+            messages: 0,
+            bytes: 0,
+        }
+    }
+
     /// What one end of one link is known by.
     pub const fn key(&self) -> (Rank, Rank, u16, bool) {
         (self.from, self.to, self.channel, self.by_sender)

@@ -51,23 +51,7 @@ impl Live {
 
 /// With nothing settled yet.
 pub(super) const fn plain(link: LinkName, by_sender: bool, state: LinkState) -> LinkReport {
-    LinkReport {
-        from: link.from,
-        to: link.to,
-        channel: link.channel,
-        by_sender,
-        state,
-        cause: String::new(),
-        transport: None,
-        device: String::new(),
-        gid: String::new(),
-        mtu: 0,
-        rejected: Vec::new(),
-        encrypted: false,
-        verified: false,
-        messages: 0,
-        bytes: 0,
-    }
+    LinkReport::new(link.from, link.to, link.channel, by_sender, state)
 }
 
 /// Why there is none.
