@@ -6,25 +6,24 @@ use super::{
     CallError, GroupFailure, LogLine, Progress, RankInfo,
     callbacks::CallbackThread,
     calls::{Pending, Slot},
+    peer::{LocalRing, Outgoing, Peer},
     stuck::Watch,
 };
 use crate::{
     client::{LocalClient, Unasked},
     event,
-    ring::{AskedSet, CallWriter, Record, ReplyReader, Ring, RingError},
-    session::{Frame, JUST_AFTER, OUTPUT_SOFT_LIMIT, Session, SessionError, plain_header},
+    ring::{AskedSet, CallWriter, ReplyReader, Ring, RingError},
+    session::{Frame, JUST_AFTER, Session, SessionError, plain_header},
     stopped::is_stopped,
 };
 use rayless_proto::{
     codec,
     ids::{CallId, GroupId, NodeId, Rank},
-    limits::{
-        HEARTBEAT_PERIOD, MAX_CALL, MAX_CALLS_IN_FLIGHT, MAX_FRAGMENT, MAX_LINK_ENDS, OBSERVER_LATE, REAP_TIMEOUT,
-    },
+    limits::{HEARTBEAT_PERIOD, MAX_CALL, MAX_CALLS_IN_FLIGHT, MAX_LINK_ENDS, OBSERVER_LATE, REAP_TIMEOUT},
     v1::{
         link::LinkReport,
         status::NodeState,
-        step::{FLAG_ERROR, FLAG_LAST, Header, KeeperEvent, Kind},
+        step::{FLAG_ERROR, FLAG_LAST, KeeperEvent, Kind},
     },
 };
 use rustix::event::epoll::{self, EventData, EventFlags};
@@ -36,8 +35,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// What a session carries at once of a large call: the rest follows as the peer takes it.
-const WIRE_FRAGMENT: usize = 256 << 10;
 /// An orderly stop gives the workers 2 s before they are killed.
 const STOP_TIMEOUT: Duration = Duration::from_secs(3);
 
@@ -57,105 +54,6 @@ impl End {
             Self::Failed(failure) => CallError::Failed(failure.clone()),
             Self::Stopped => CallError::Stopped,
         }
-    }
-}
-
-/// A call on its way to one peer.
-struct Outgoing {
-    call: CallId,
-    /// Asked ranks, a u32 each.
-    asked: Arc<[u8]>,
-    payload: Arc<[u8]>,
-    at: usize,
-    begun: bool,
-}
-
-/// A keeper and the session with it.
-pub(super) struct Peer {
-    pub(super) node: NodeId,
-    pub(super) name: String,
-    pub(super) address: String,
-    pub(super) local: bool,
-    /// In the order of its ring's readers.
-    pub(super) ranks: Vec<Rank>,
-    session: Option<Session>,
-    outgoing: VecDeque<Outgoing>,
-    interest: EventFlags,
-}
-
-impl Peer {
-    pub(super) const fn new(
-        node: NodeId,
-        name: String,
-        address: String,
-        local: bool,
-        ranks: Vec<Rank>,
-        session: Session,
-    ) -> Self {
-        let outgoing = VecDeque::new();
-        Self { node, name, address, local, ranks, session: Some(session), outgoing, interest: EventFlags::IN }
-    }
-
-    /// Queues what fits and sends what the kernel takes.
-    fn send(&mut self) -> Result<(), SessionError> {
-        let Some(session) = &mut self.session else { return Ok(()) };
-        loop {
-            while session.queued() < OUTPUT_SOFT_LIMIT {
-                let Some(out) = self.outgoing.front_mut() else { break };
-                let end = out.payload.len().min(out.at + WIRE_FRAGMENT);
-                let last = end == out.payload.len();
-                let asked: &[u8] = if std::mem::replace(&mut out.begun, true) { &[] } else { &out.asked };
-                let header = Header {
-                    flags: if last { FLAG_LAST } else { 0 },
-                    asked: (asked.len() / 4) as u32,
-                    call: out.call,
-                    ..plain_header(Kind::Call)
-                };
-                session.queue(header, &[asked, &out.payload[out.at..end]]);
-                out.at = end;
-                if last {
-                    self.outgoing.pop_front();
-                }
-            }
-            session.flush()?;
-            if self.outgoing.is_empty() || session.queued() > 0 {
-                return Ok(());
-            }
-        }
-    }
-
-    fn wants_room(&self) -> bool {
-        !self.outgoing.is_empty() || self.session.as_ref().is_some_and(|session| session.queued() > 0)
-    }
-}
-
-/// The ring of this host.
-struct LocalRing {
-    ring: Arc<Ring>,
-    writer: CallWriter,
-    readers: Vec<ReplyReader>,
-    ranks: Vec<Rank>,
-    event: OwnedFd,
-    outgoing: VecDeque<(Outgoing, AskedSet)>,
-}
-
-impl LocalRing {
-    /// Writes what there is room for, and wakes the workers once.
-    fn send(&mut self) -> Result<(), RingError> {
-        while let Some((out, asked)) = self.outgoing.front_mut() {
-            let end = out.payload.len().min(out.at + MAX_FRAGMENT);
-            let last = end == out.payload.len();
-            let record = Record { call: out.call, last, asked: *asked, payload: &out.payload[out.at..end] };
-            if !self.writer.push(&record)? {
-                break;
-            }
-            out.at = end;
-            if last {
-                self.outgoing.pop_front();
-            }
-        }
-        self.writer.wake();
-        Ok(())
     }
 }
 

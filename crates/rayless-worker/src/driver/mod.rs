@@ -8,6 +8,7 @@ mod calls;
 mod connect;
 mod core;
 mod error;
+mod peer;
 mod placed;
 mod shared;
 mod stuck;
