@@ -115,6 +115,11 @@ impl RecvLink {
         self.transport.device()
     }
 
+    /// How the transport works where it has several ways: `cma`, or `ring` and perhaps why, for shared memory.
+    pub fn mode(&self) -> Option<&str> {
+        self.transport.mode()
+    }
+
     /// A view for other threads.
     pub fn probe(&self) -> Arc<Probe> {
         Arc::clone(&self.probe)

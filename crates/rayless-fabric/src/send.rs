@@ -98,6 +98,11 @@ impl SendLink {
         self.transport.device()
     }
 
+    /// How the transport works where it has several ways: `cma` or `ring`, for shared memory.
+    pub fn mode(&self) -> Option<&str> {
+        self.transport.mode()
+    }
+
     /// A view for other threads.
     pub fn probe(&self) -> Arc<Probe> {
         Arc::clone(&self.probe)
@@ -261,6 +266,10 @@ impl SendLink {
     /// Moves what can be moved without waiting of the message that `begin` encoded. True: it has left.
     pub(crate) fn advance(&mut self, parts: &[&[u8]]) -> Result<bool, SendError> {
         let State::Begun { payload, kind, .. } = self.state else { return Ok(true) };
+        if kind == Kind::Data && self.transport.lends(self.body_len(payload)) {
+            // The caller may have its tensors elsewhere by the next call, and what is lent must stay where it is.
+            return self.write(&Scatter::EMPTY).map(|_| false);
+        }
         let checksum = self.checksum_of(kind, parts);
         let body = Scatter::with_tail(parts, checksum.as_ref().map_or(&[], |c| c.as_slice()));
         let done = self.write(&body)?;
@@ -321,15 +330,17 @@ impl SendLink {
         if self.write(body)? {
             return Ok(());
         }
-        let mut spin_until = if wait.is_poll() { None } else { self.spin.begin() };
+        let guarded = OrLose(self);
+        let link = &mut *guarded.0;
+        let mut spin_until = if wait.is_poll() { None } else { link.spin.begin() };
         loop {
-            if !self.spin.again(&mut spin_until) {
-                match wait.next_slice(&self.cancel) {
-                    Ok(slice) => self.transport.wait(slice).map_err(|e| self.lose(e))?,
-                    Err(stop) => return Err(self.stopped(stop, body)),
+            if !link.spin.again(&mut spin_until) {
+                match wait.next_slice(&link.cancel) {
+                    Ok(slice) => link.transport.wait(slice).map_err(|e| link.lose(e))?,
+                    Err(stop) => return Err(link.stopped(stop, body)),
                 }
             }
-            if self.write(body)? {
+            if link.write(body)? {
                 return Ok(());
             }
         }
@@ -348,7 +359,7 @@ impl SendLink {
                 SendError::Stopped { link: self.name, sequence: self.sequence, stop }
             }
             // The header has left and all of the payload is still here: the call can be made again.
-            State::Owing { .. } if self.cursor.body == 0 => {
+            State::Owing { .. } if self.cursor.body == 0 && !self.cursor.lent => {
                 SendError::Stopped { link: self.name, sequence: self.sequence, stop }
             }
             State::Chunks { .. } if self.cursor.is_at_start() => {
@@ -442,6 +453,19 @@ impl SendLink {
             if self.transport.wait(slice).is_err() {
                 return false;
             }
+        }
+    }
+}
+
+/// The caller's check runs in the middle of a message. Should it panic, what is lent has to be taken back before the
+/// tensors go.
+struct OrLose<'a>(&'a mut SendLink);
+
+impl Drop for OrLose<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let cause = "sending panicked in the middle of a message".to_owned();
+            self.0.lose(TransportError { kind: LostKind::Abandoned, cause });
         }
     }
 }

@@ -4,11 +4,21 @@
 //! this host is not believed but proven: the receiver copies a nonce from the memory it was passed to another
 //! place in it, and the sender finds it there. The socket stays open for the life of the link, for its end tells of
 //! a peer that was killed.
+//!
+//! A payload that is longer than the ring is not copied twice: the sender writes where it lies (`record`), and the receiver copies it from
+//! there by `process_vm_readv` (`borrow`, `copier`), as MPI libraries do. Until that is done the sender waits, as it would for room (`loan`).
+//! Whether the system allows it is tried when the link is made; where it does not, and for a payload in memory that the kernel does not
+//! read for others, the ring carries everything.
 
 pub mod bell;
+mod borrow;
+mod copier;
 mod inbound;
+mod lender;
+pub mod loan;
 mod memory;
 mod outbound;
+mod record;
 mod watch;
 
 use crate::{
@@ -22,7 +32,8 @@ use crate::{
     wait::Wake,
 };
 use bell::ring;
-use memory::{Memory, Words};
+use borrow::Borrower;
+use memory::{Memory, NONCE, Words};
 use rustix::{
     fd::{AsFd, OwnedFd},
     io::Errno,
@@ -40,6 +51,12 @@ use std::{
     time::{Duration, Instant},
 };
 
+/// [`crate::transport::Inbound::mode`] where long payloads take one copy.
+const CMA: &str = "cma";
+/// The same where they take two.
+const RING_ONLY: &str = "ring";
+const SENDER_ENDED: &str = "the sender's process ended";
+
 /// Opens the sending end of a link over a connected Unix stream. Blocks for at most `config.handshake`.
 pub fn connect(
     stream: UnixStream,
@@ -51,6 +68,7 @@ pub fn connect(
     let (memory, fd) = Memory::create().map_err(|e| context.failed("making shared memory", e))?;
     let nonce = nonce();
     memory.words().nonce.iter().zip(nonce).for_each(|(word, value)| word.store(value, Ordering::Relaxed));
+    let secret = config.one_copy.then(|| lender::announce(memory.words(), nonce, &stream));
     let greeting = Greeting::new(name, ticket, Level::Shm, 0, 1, config).encode();
     send_with_fd(&stream, &greeting, &fd).map_err(|e| context.failed("passing shared memory", e))?;
     let limits = context.read_answer(&stream)?.limits(&context)?;
@@ -58,7 +76,8 @@ pub fn connect(
     if !proof.eq(nonce) {
         return Err(context.refused("the peer did not prove that it maps the memory that was passed to it".to_owned()));
     }
-    let outbound = outbound::ShmOutbound::new(Arc::new(memory), stream);
+    let secret = secret.filter(|_| memory.words().one_copy.load(Ordering::Relaxed) == 1);
+    let outbound = outbound::ShmOutbound::new(Arc::new(memory), stream, secret);
     let outbound = outbound.map_err(|e| context.failed("watching the peer", e))?;
     Ok(SendLink::new(name, Box::new(outbound), limits, config))
 }
@@ -81,8 +100,14 @@ pub(crate) fn accept(
     };
     let Words { nonce, proof, .. } = memory.words();
     nonce.iter().zip(proof).for_each(|(from, to)| to.store(from.load(Ordering::Relaxed), Ordering::Release));
+    let borrower = if config.one_copy {
+        Borrower::prove(memory.words())
+    } else {
+        Err("not asked for".to_owned())
+    };
+    memory.words().one_copy.store(u32::from(borrower.is_ok()), Ordering::Relaxed);
     context.write_all(&stream, &Answer::welcome(config).encode())?;
-    let inbound = inbound::ShmInbound::new(Arc::new(memory), stream);
+    let inbound = inbound::ShmInbound::new(Arc::new(memory), stream, borrower);
     let inbound = inbound.map_err(|e| context.failed("watching the peer", e))?;
     Ok(RecvLink::new(context.link, Box::new(inbound), config))
 }
@@ -128,7 +153,7 @@ fn send_with_fd(stream: &UnixStream, bytes: &[u8], fd: &OwnedFd) -> Result<(), E
 }
 
 /// Four words that a peer cannot know without reading them: keys of the hasher come from the system's randomness.
-fn nonce() -> [u64; 4] {
+fn nonce() -> [u64; NONCE] {
     std::array::from_fn(|i| RandomState::new().hash_one(i))
 }
 
@@ -182,14 +207,14 @@ mod tests {
     fn the_end_of_a_peers_process_ends_the_longest_sleep() {
         let (memory, _fd) = Memory::create().unwrap();
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let mut inbound = inbound::ShmInbound::new(Arc::new(memory), ours).unwrap();
+        let mut inbound = inbound::ShmInbound::new(Arc::new(memory), ours, Err(String::new())).unwrap();
         let killed = std::thread::spawn(move || drop(theirs));
         assert_eq!(inbound.wait(FOR_EVER).unwrap_err().cause, "the sender's process ended");
         killed.join().unwrap();
 
         let (memory, _fd) = Memory::create().unwrap();
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let mut outbound = outbound::ShmOutbound::new(Arc::new(memory), ours).unwrap();
+        let mut outbound = outbound::ShmOutbound::new(Arc::new(memory), ours, None).unwrap();
         let killed = std::thread::spawn(move || drop(theirs));
         assert_eq!(outbound.wait(FOR_EVER).unwrap_err().cause, "the receiver's process ended");
         killed.join().unwrap();
@@ -199,7 +224,7 @@ mod tests {
     fn a_wake_ends_the_longest_sleep() {
         let (memory, _fd) = Memory::create().unwrap();
         let (ours, _theirs) = UnixStream::pair().unwrap();
-        let mut inbound = inbound::ShmInbound::new(Arc::new(memory), ours).unwrap();
+        let mut inbound = inbound::ShmInbound::new(Arc::new(memory), ours, Err(String::new())).unwrap();
         let waker = inbound.waker();
         let waking = std::thread::spawn(move || waker.wake());
         inbound.wait(FOR_EVER).unwrap();
