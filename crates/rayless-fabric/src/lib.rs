@@ -31,6 +31,7 @@ mod config;
 pub mod cuda;
 mod dtype;
 mod error;
+mod fork;
 mod greeting;
 mod header;
 mod name;

@@ -3,6 +3,7 @@
 use crate::{
     config::LinkConfig,
     error::{Lost, LostKind, RecvError, Rejected, RejectedKind, TransportError},
+    fork::{NOT_HERE, NotInChildren, Origin},
     header::{DevicePath, HEADER, Header, Kind},
     name::LinkName,
     probe::{Phase, Probe},
@@ -13,7 +14,7 @@ use crate::{
     transport::{Counters, Inbound, Level, SharedPage},
     wait::{Cancel, Stop, Wait},
 };
-use std::{fmt, sync::Arc};
+use std::{fmt, mem::ManuallyDrop, sync::Arc};
 
 /// What a message announces about itself.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -31,7 +32,9 @@ pub struct Announced {
 /// The receiving end of a link.
 pub struct RecvLink {
     name: LinkName,
-    transport: Box<dyn Inbound>,
+    transport: ManuallyDrop<Box<dyn Inbound>>,
+    origin: Origin,
+    held: NotInChildren,
     max_message: u64,
     verify: bool,
     spin: Spin,
@@ -90,7 +93,9 @@ impl RecvLink {
             spin: Spin::new(config.spin),
             cancel: Cancel::new(transport.waker()),
             probe: Arc::new(Probe::new(name, transport.level())),
-            transport,
+            origin: Origin::here(),
+            held: NotInChildren::new(transport.descriptors()),
+            transport: ManuallyDrop::new(transport),
             schemas: ReceivedSchemas::default(),
             head: [0; HEADER],
             schema: Vec::new(),
@@ -362,7 +367,7 @@ impl RecvLink {
     /// Closes this end: the sender's next call fails. Dropping does the same.
     pub fn close(&mut self) {
         if !matches!(self.state, State::Closed | State::Lost(_)) {
-            self.transport.close("the receiver closed its end");
+            self.shut("the receiver closed its end");
             self.state = State::Closed;
             self.probe.enter(Phase::Closed);
         }
@@ -415,6 +420,9 @@ impl RecvLink {
         wait: &Wait<'_>,
         mut advance: impl FnMut(&mut Self) -> Result<bool, RecvError>,
     ) -> Result<(), RecvError> {
+        if !self.origin.is_here() {
+            return Err(self.lose(TransportError { kind: LostKind::Abandoned, cause: NOT_HERE.to_owned() }));
+        }
         if advance(self)? {
             return Ok(());
         }
@@ -442,7 +450,7 @@ impl RecvLink {
             self.filled = 0;
             let header = self.check_header().map_err(|e| self.lose(e))?;
             if header.kind == Kind::Goodbye {
-                self.transport.close("");
+                self.shut("");
                 self.state = State::Closed;
                 self.probe.enter(Phase::Closed);
                 return Ok(true);
@@ -518,13 +526,21 @@ impl RecvLink {
         self.probe.enter(Phase::Idle);
     }
 
+    /// The transport's last call, in its own process.
+    fn shut(&mut self, reason: &str) {
+        if self.origin.is_here() {
+            self.held = NotInChildren::default();
+            self.transport.close(reason);
+        }
+    }
+
     fn stopped(&mut self, stop: Stop) -> RecvError {
         RecvError::Stopped { link: self.name, sequence: self.sequence, stop }
     }
 
     fn lose(&mut self, error: TransportError) -> RecvError {
         let lost = Lost { link: self.name, sequence: self.sequence, kind: error.kind, cause: error.cause };
-        self.transport.close(&lost.to_string());
+        self.shut(&lost.to_string());
         self.state = State::Lost(lost.clone());
         self.probe.enter(Phase::Lost);
         lost.into()
@@ -534,6 +550,10 @@ impl RecvLink {
 impl Drop for RecvLink {
     fn drop(&mut self) {
         self.close();
+        if self.origin.is_here() {
+            // SAFETY: never used again. In a forked child it is left alone: it would take down what is the parent's.
+            unsafe { ManuallyDrop::drop(&mut self.transport) };
+        }
     }
 }
 

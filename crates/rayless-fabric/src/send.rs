@@ -3,6 +3,7 @@
 use crate::{
     config::LinkConfig,
     error::{Lost, LostKind, Rejected, RejectedKind, SendError, TransportError},
+    fork::{NOT_HERE, NotInChildren, Origin},
     header::{DevicePath, Header, Kind},
     name::LinkName,
     probe::{Phase, Probe},
@@ -12,7 +13,7 @@ use crate::{
     transport::{Counters, Cursor, Level, Outbound, SharedPage},
     wait::{Cancel, Stop, Wait},
 };
-use std::{fmt, sync::Arc, time::Duration};
+use std::{fmt, mem::ManuallyDrop, sync::Arc, time::Duration};
 
 /// Bytes of the largest chunk of a device message's payload.
 pub const CHUNK: usize = 1 << 20;
@@ -26,7 +27,9 @@ const GOODBYE: Duration = Duration::from_secs(5);
 /// The sending end of a link. Messages leave in the order of the calls.
 pub struct SendLink {
     name: LinkName,
-    transport: Box<dyn Outbound>,
+    transport: ManuallyDrop<Box<dyn Outbound>>,
+    origin: Origin,
+    held: NotInChildren,
     limits: PeerLimits,
     verify: bool,
     spin: Spin,
@@ -73,7 +76,9 @@ impl SendLink {
             spin: Spin::new(config.spin),
             cancel: Cancel::new(transport.waker()),
             probe: Arc::new(Probe::new(name, transport.level())),
-            transport,
+            origin: Origin::here(),
+            held: NotInChildren::new(transport.descriptors()),
+            transport: ManuallyDrop::new(transport),
             schemas: SentSchemas::default(),
             schema: Vec::new(),
             head: Vec::new(),
@@ -234,10 +239,11 @@ impl SendLink {
     pub fn close(&mut self) {
         let whole = match self.state {
             State::Closed => return,
+            _ if !self.origin.is_here() => false,
             State::Idle => self.say_goodbye(),
             State::Begun { .. } | State::Owing { .. } | State::Chunks { .. } | State::Lost(_) => false,
         };
-        self.transport.close(whole);
+        self.shut(whole);
         if !matches!(self.state, State::Lost(_)) {
             self.state = State::Closed;
             self.probe.enter(Phase::Closed);
@@ -347,6 +353,9 @@ impl SendLink {
     }
 
     fn write(&mut self, body: &Scatter<'_>) -> Result<bool, SendError> {
+        if !self.origin.is_here() {
+            return Err(self.lose(TransportError { kind: LostKind::Abandoned, cause: NOT_HERE.to_owned() }));
+        }
         self.transport.write(&self.head, body, &mut self.cursor).map_err(|e| self.lose(e))
     }
 
@@ -424,10 +433,18 @@ impl SendLink {
 
     fn lose(&mut self, error: TransportError) -> SendError {
         let lost = Lost { link: self.name, sequence: self.sequence, kind: error.kind, cause: error.cause };
-        self.transport.close(false);
+        self.shut(false);
         self.state = State::Lost(lost.clone());
         self.probe.enter(Phase::Lost);
         lost.into()
+    }
+
+    /// The transport's last call, in its own process.
+    fn shut(&mut self, whole: bool) {
+        if self.origin.is_here() {
+            self.held = NotInChildren::default();
+            self.transport.close(whole);
+        }
     }
 
     /// The last header. A receiver that is full to the brim gets a little time to make room for it; if it does not,
@@ -483,6 +500,10 @@ pub(crate) fn with_parts<R>(tensors: &[TensorRef<'_>], run: impl FnOnce(&[&[u8]]
 impl Drop for SendLink {
     fn drop(&mut self) {
         self.close();
+        if self.origin.is_here() {
+            // SAFETY: never used again. In a forked child it is left alone: it would take down what is the parent's.
+            unsafe { ManuallyDrop::drop(&mut self.transport) };
+        }
     }
 }
 

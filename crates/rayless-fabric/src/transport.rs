@@ -9,7 +9,7 @@ use crate::{
     scatter::{Scatter, ScatterMut},
     wait::Wake,
 };
-use std::{fmt, sync::Arc, time::Duration};
+use std::{fmt, os::fd::RawFd, sync::Arc, time::Duration};
 
 /// Transports in the order of preference: a greater one is taken when it can be had.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -93,6 +93,11 @@ pub trait Outbound: Send {
         None
     }
 
+    /// Descriptors of what joins the two processes: a forked child closes its copies, see `fork`.
+    fn descriptors(&self) -> Vec<RawFd> {
+        Vec::new()
+    }
+
     /// How it works where it has several ways (`cma`, or `ring` and perhaps why: see `shm`).
     fn mode(&self) -> Option<&str> {
         None
@@ -135,6 +140,11 @@ pub trait Inbound: Send {
     /// The device that it uses, where it uses one of its own.
     fn device(&self) -> Option<&str> {
         None
+    }
+
+    /// Descriptors of what joins the two processes: a forked child closes its copies, see `fork`.
+    fn descriptors(&self) -> Vec<RawFd> {
+        Vec::new()
     }
 
     /// How it works where it has several ways (`cma`, or `ring` and perhaps why: see `shm`).

@@ -18,7 +18,10 @@ use crate::{
 };
 use rustix::io::Errno;
 use std::{
-    os::unix::net::UnixStream,
+    os::{
+        fd::{AsRawFd, RawFd},
+        unix::net::UnixStream,
+    },
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
@@ -84,7 +87,8 @@ impl ShmInbound {
 
     /// Reads the record in front of a long body of `len` bytes. False: it has not come.
     fn read_record(&mut self, len: u64) -> Result<bool, TransportError> {
-        let nonsense = || TransportError { kind: LostKind::Corrupt, cause: "a loan's record makes no sense".to_owned() };
+        let nonsense =
+            || TransportError { kind: LostKind::Corrupt, cause: "a loan's record makes no sense".to_owned() };
         let mut fixed = [0; FIXED];
         if self.available(FIXED as u64)? < FIXED as u64 {
             return Ok(false);
@@ -111,6 +115,13 @@ impl ShmInbound {
             return Err(nonsense());
         }
         Ok(true)
+    }
+
+    /// Reads the next record and makes its addresses ones that cannot be read.
+    #[cfg(test)]
+    pub(super) fn forget_where(&mut self, body: &mut ScatterMut<'_, '_>) {
+        assert!(self.read_record(body.len()).unwrap());
+        self.borrower.as_mut().unwrap().record.parts.iter_mut().for_each(|part| part.address = 4096);
     }
 
     /// Copies a lent body on. True: it is whole, and it counts.
@@ -163,6 +174,10 @@ impl ShmInbound {
 impl Inbound for ShmInbound {
     fn level(&self) -> Level {
         Level::Shm
+    }
+
+    fn descriptors(&self) -> Vec<RawFd> {
+        self.socket.iter().map(|watched| watched.socket().as_raw_fd()).collect()
     }
 
     fn shared_page(&self) -> Option<SharedPage> {

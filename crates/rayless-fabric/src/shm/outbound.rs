@@ -17,7 +17,10 @@ use crate::{
 };
 use rustix::io::Errno;
 use std::{
-    os::unix::net::UnixStream,
+    os::{
+        fd::{AsRawFd, RawFd},
+        unix::net::UnixStream,
+    },
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
@@ -117,6 +120,12 @@ impl ShmOutbound {
         room
     }
 
+    /// What the receiver finds where the secret was is something else.
+    #[cfg(test)]
+    pub(super) fn spoil_secret(&mut self) {
+        self.secret.as_mut().unwrap()[3] ^= 1;
+    }
+
     fn check_receiver(&self) -> Result<(), TransportError> {
         if self.memory.words().receiver_closed.0.load(Ordering::Acquire) == 0 {
             return Ok(());
@@ -128,6 +137,10 @@ impl ShmOutbound {
 impl Outbound for ShmOutbound {
     fn level(&self) -> Level {
         Level::Shm
+    }
+
+    fn descriptors(&self) -> Vec<RawFd> {
+        self.socket.iter().map(|watched| watched.socket().as_raw_fd()).collect()
     }
 
     fn shared_page(&self) -> Option<SharedPage> {

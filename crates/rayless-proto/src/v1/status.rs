@@ -271,6 +271,8 @@ pub struct LinkStatus {
     pub cause: String,
     /// What moves its bytes; `None` before that is settled.
     pub transport: Option<LinkTransport>,
+    /// How, where the transport has several ways; see [`LinkReport::mode`].
+    pub mode: String,
     /// The sender's RDMA device, else empty. (The receiver's, while only that one has reported.)
     pub device: String,
     /// That device's GID, else empty.
@@ -321,6 +323,8 @@ impl LinkStatus {
                     state: worst.state,
                     cause: worst.cause.clone(),
                     transport: one.transport.or_else(|| other?.transport),
+                    // The receiver is who reads the other's memory, and knows why it cannot.
+                    mode: receiver.unwrap_or(one).mode.clone(),
                     device: one.device.clone(),
                     gid: one.gid.clone(),
                     mtu: one.mtu,
@@ -365,6 +369,7 @@ mod tests {
             state,
             cause: if state == LinkState::Failed { "the peer's process ended".into() } else { String::new() },
             transport: Some(LinkTransport::Rdma),
+            mode: if by_sender { "ring".into() } else { "ring: not allowed".into() },
             device: device.into(),
             gid: format!("gid of {device}"),
             mtu: 1024,
@@ -392,6 +397,7 @@ mod tests {
             (both.state, both.cause.as_str(), both.messages),
             (LinkState::Failed, "the peer's process ended", 7)
         );
+        assert_eq!(both.mode, "ring: not allowed");
         assert_eq!(both.rejected, [(LinkTransport::Shm, "two hosts".to_owned())]);
         assert_eq!((links[1].device.as_str(), links[1].peer_device.as_str()), ("siw0", "siw0"));
     }

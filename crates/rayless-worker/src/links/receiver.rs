@@ -85,6 +85,7 @@ fn agree(asked: &Asked<'_>, mut channel: Channel, offer: &LinkOffer) -> Result<(
                 channel.send(&codec::encode(&settled), &asked.patience)?;
                 let mut report = report::plain(asked.link, false, LinkState::Open);
                 report.transport = Some(step.level.into());
+                report.mode = link.mode().unwrap_or_default().to_owned();
                 report.device = link.device().unwrap_or_default().to_owned();
                 if let Some((from, to)) = step.pair {
                     report.mtu = rdma::mtu(&from, &to);

@@ -39,6 +39,11 @@ impl Links {
         self.tx.device().map(str::to_owned)
     }
 
+    /// How shared memory carries long messages here.
+    pub(super) fn mode(&self) -> Option<String> {
+        self.tx.mode().map(str::to_owned)
+    }
+
     /// Closes both in order, at both sides.
     pub(super) fn close(mut self, control: &mut Control) -> Result<(), Failure> {
         self.tx.close();
