@@ -138,9 +138,10 @@ class Health:
 class EngineStage(Ground):
     """Host a has the head and `vllm serve`; stage 0 of the model is on a, stage 1 on b."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, damage: bool = True) -> None:
+        """Without `damage` the daemons' clocks and host b's disk are the machine's own: for a run whose daemons are measured."""
         self._before = leftovers.shared_memory()
-        super().__init__(daemon_environment=clock_environment)
+        super().__init__(daemon_environment=clock_environment if damage else None, small_disk=damage)
         self.model = tiny_models.ensure("llama")
         self.marks = self.cluster.base / "marks"
         self.marks.mkdir()
