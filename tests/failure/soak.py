@@ -43,6 +43,8 @@ LIVES = ("head", "daemon@b")
 ENDS = ("worker@b", "keeper@b", "EngineCore", "wire", "worker@a", "keeper@a", "api server")
 #: Seconds between two kills; where an engine takes long to start, it is under load at least that long.
 EVERY, LEAST_LOAD = 60.0, 15.0
+#: Seconds that an engine may take to start, twice: other runs may have the machine busy.
+START = 900.0
 #: Part of the time in which the engine lives on.
 FIRST = 0.2
 #: Seconds for which a killed daemon stays away: longer than the head takes to notice.
@@ -300,7 +302,7 @@ def main() -> int:
     )
     given = options.parse_args()
     own_shared_memory()
-    stage = EngineStage(damage=False)
+    stage = EngineStage(damage=False, start=START)
     sampler = Sampler(stage)
     soak = Soak(stage, sampler, given.think)
     problems: list[str] = []
