@@ -14,7 +14,7 @@ use rayless_proto::{
     limits::REPORT_TIMEOUT,
     v1::{
         control::ReportPart,
-        status::{NodeState, NodeStatus, StatusReport},
+        status::{GroupState, GroupStatus, NodeState, NodeStatus, StatusReport},
     },
 };
 use std::{
@@ -83,11 +83,11 @@ pub(super) fn gather(report: &mut Report, run: &RunDir, status: &StatusReport, o
 
 /// `rank 1, 3 of group 0123…` for each group that is not over.
 fn ranks(status: &StatusReport, node: &NodeStatus) -> Vec<String> {
-    let of_group = |group: &rayless_proto::v1::status::GroupStatus| {
+    let of_group = |group: &GroupStatus| {
+        let lives = matches!(group.state, GroupState::Starting | GroupState::Running);
         let here = group.workers.iter().filter(|worker| worker.node == node.id);
         let ranks: Vec<String> = here.map(|worker| worker.rank.to_string()).collect();
-        (group.cause.is_empty() && !ranks.is_empty())
-            .then(|| format!("rank {} of group {}", ranks.join(", "), group.id))
+        (lives && !ranks.is_empty()).then(|| format!("rank {} of group {}", ranks.join(", "), group.id))
     };
     status.groups.iter().filter_map(of_group).collect()
 }
