@@ -203,7 +203,7 @@ def main() -> int:
 
 def feed(matrix: Path, played: list[Cell]) -> None:
     """Puts the cells into the matrix's own record, in place of what it had."""
-    old = json.loads(matrix.read_text()) if matrix.exists() else {"cells": [], "note": ""}
+    old: dict[str, Any] = json.loads(matrix.read_text()) if matrix.exists() else {"cells": [], "note": ""}
     found = {cell.name: cell for cell in (*(Cell(**one) for one in old["cells"]), *played)}
     write(matrix, list(found.values()), old["note"])
 

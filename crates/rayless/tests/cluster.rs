@@ -4,12 +4,14 @@
 mod common;
 
 use common::{Cluster, Daemon, Host, PATIENCE, is_alive, kill, node, rayless};
+use rayless_proto::limits::MAX_LOCAL_CLIENTS;
 use rustix::process::Signal;
 use serde_json::Value;
 use std::{
     fs,
+    io::Read as _,
     net::UdpSocket,
-    os::unix::fs::MetadataExt as _,
+    os::unix::{fs::MetadataExt as _, net::UnixStream},
     time::{Duration, Instant},
 };
 
@@ -421,4 +423,24 @@ fn a_copied_node_key_is_refused_on_the_second_host_and_the_first_goes_on() {
         assert_eq!(node(&status, "b").unwrap()["incarnation"], 1);
     }
     assert!(first.is_running());
+}
+
+#[test]
+fn local_clients_beyond_the_limit_are_turned_away_and_there_is_room_again_when_they_leave() {
+    let cluster = Cluster::new();
+    let host = Host::new(&cluster);
+    let (head, _) = host.head(&["--name", "a"]);
+    let socket = host.run_dir().join("daemon.sock");
+    // They connect and say nothing.
+    let mut held: Vec<_> = (0..MAX_LOCAL_CLIENTS).map(|_| UnixStream::connect(&socket).unwrap()).collect();
+    let mut one_more = UnixStream::connect(&socket).unwrap();
+    one_more.set_read_timeout(Some(PATIENCE)).unwrap();
+    assert_eq!(one_more.read(&mut [0]).unwrap(), 0, "it is turned away at once");
+    let open = fs::read_dir(format!("/proc/{}/fd", head.pid())).unwrap().count();
+    assert!(open < MAX_LOCAL_CLIENTS + 100, "{open} descriptors");
+    held.clear();
+    let until = Instant::now() + PATIENCE;
+    while host.run(&["status"]).code != 0 {
+        assert!(Instant::now() < until, "no room for a client although all have left");
+    }
 }
