@@ -20,6 +20,7 @@ fuzz_target!(|input: (u8, u8, u64, Vec<&str>)| {
                     let key = match pair[0] {
                         "" | "t" => "term",
                         "h" => "head",
+                        "s" => "seats/x",
                         other => other,
                     };
                     (key, pair.get(1).copied().unwrap_or_default())
