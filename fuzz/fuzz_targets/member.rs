@@ -23,7 +23,7 @@ fuzz_target!(|script: Vec<(u8, u8, Vec<u8>)>| {
         jitter_seed: 7,
     };
     let mut member = Member::new(config, now);
-    let known = samples::to_node();
+    let known = samples::from_head();
     // The session that was dialled last, and the highest term under which the node was welcomed.
     let (mut dialled, mut highest) = (SessionId(0), 0);
     for (action, who, bytes) in script.into_iter().take(64) {
@@ -45,10 +45,9 @@ fuzz_target!(|script: Vec<(u8, u8, Vec<u8>)>| {
                 Err(_) => continue,
             },
             _ => {
-                let mut by = samples::BY;
-                by.term.0 = bytes.first().map_or(1, |byte| u64::from(byte % 8));
-                let message = known[usize::from(action / 9) % known.len()].clone();
-                Input::Message(session, FromHead { by, message })
+                let mut message = known[usize::from(action / 9) % known.len()].clone();
+                message.by.term.0 = bytes.first().map_or(1, |byte| u64::from(byte % 8));
+                Input::Message(session, message)
             }
         };
         if let Input::Message(_, message) = &input {
