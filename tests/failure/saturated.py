@@ -56,6 +56,7 @@ class Heads(threading.Thread):
         self.start()
 
     def add(self, lane: int, stage: Stage) -> None:
+        stage.wire.ahead()
         with self._lock:
             self._stages[lane] = stage
 

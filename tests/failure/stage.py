@@ -214,6 +214,7 @@ class Ground:
         """Saturates every core of the machine, for as long as anybody asks for it."""
         if not self._busy:
             self._busy = True
+            self.wire.ahead()
             saturation.begin()
 
     def make_quiet(self) -> None:
