@@ -403,7 +403,7 @@ mod tests {
         let a = [way("mlx5_0", "roce", "10.1.0.1", 9000), way("mlx5_1", "roce", "10.2.0.1", 9000)];
         let b = [way("mlx5_0", "roce", "10.1.0.2", 9000)];
         let place = Place { same_host: false, rdma_nodes: &["a", "b"] };
-        let allow = LinkPolicy { allow_tcp: Some(true), ..LinkPolicy::default() };
+        let (auto, allow) = (LinkPolicy::default(), LinkPolicy { allow_tcp: Some(true), ..LinkPolicy::default() });
         let fresh = |policy| plan(&end(0, "a", &a, ""), &end(1, "b", &b, ""), &place, policy);
         let first = "mlx5_0 to mlx5_0: the proof's message of 28672 bytes did not arrive";
 
@@ -421,7 +421,7 @@ mod tests {
         assert_eq!(reasons(&plan)[1..], [("rdma", format!("{first}; {second}"))]);
 
         // Without the flag nothing is left, and all of it is told.
-        let mut plan = fresh(&LinkPolicy::default());
+        let mut plan = fresh(&auto);
         assert_eq!(plan.first(prover(&both, &mut Vec::new())), Ok(None));
         let told = reasons(&plan);
         assert_eq!((told.len(), &told[1]), (3, &("rdma", format!("{first}; {second}"))));

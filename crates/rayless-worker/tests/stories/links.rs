@@ -365,7 +365,7 @@ fn losses() {
 }
 
 /// The worker's part of `link_crossed FROM TO`: the receiver is at another step than the sender, and both tell how that ended.
-pub(crate) fn crossed(worker: &Worker, text: &str) -> Result<String, String> {
+pub(crate) fn out_of_step(worker: &Worker, text: &str) -> Result<String, String> {
     let numbers: Vec<u32> = text.split(' ').filter_map(|word| word.parse().ok()).collect();
     let &[from, to] = &numbers[..] else { return Err(text.to_owned()) };
     let within = Duration::from_secs(20);

@@ -118,7 +118,7 @@ pub(crate) fn main() -> ExitCode {
                 reply(told.as_bytes());
             }
             "link_crossed" => {
-                let told = crate::links::crossed(&worker, &text).unwrap_or_else(|error| format!("error: {error}"));
+                let told = crate::links::out_of_step(&worker, &text).unwrap_or_else(|error| format!("error: {error}"));
                 reply(told.as_bytes());
             }
             "cwd" => {
