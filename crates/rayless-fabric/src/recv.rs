@@ -427,14 +427,19 @@ impl RecvLink {
             return Ok(());
         }
         let mut spin_until = if wait.is_poll() { None } else { self.spin.begin() };
+        let mut slept = false;
         loop {
             if !self.spin.again(&mut spin_until) {
                 match wait.next_slice(&self.cancel) {
                     Ok(slice) => self.transport.wait(slice).map_err(|e| self.lose(e))?,
                     Err(stop) => return Err(self.stopped(stop)),
                 }
+                slept = true;
             }
             if advance(self)? {
+                if slept {
+                    self.spin.slept();
+                }
                 return Ok(());
             }
         }
@@ -542,7 +547,7 @@ impl RecvLink {
         let lost = Lost { link: self.name, sequence: self.sequence, kind: error.kind, cause: error.cause };
         self.shut(&lost.to_string());
         self.state = State::Lost(lost.clone());
-        self.probe.enter(Phase::Lost);
+        self.probe.lose(&lost.cause);
         lost.into()
     }
 }

@@ -308,8 +308,9 @@ impl LinkStatus {
             .filter_map(|(sender, receiver)| {
                 let one = sender.or(receiver)?;
                 let other = sender.and(receiver);
-                // The worse of both is the truth about the link.
-                let worst = [Some(one), other].into_iter().flatten().max_by_key(|report| match report.state {
+                // The worse of both is the truth about the link; of two that failed the sender knows more, for a
+                // receiver tells it why it gives up.
+                let worst = [other, Some(one)].into_iter().flatten().max_by_key(|report| match report.state {
                     LinkState::Open => 0,
                     LinkState::Opening => 1,
                     LinkState::Closed => 2,
