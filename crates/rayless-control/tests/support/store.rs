@@ -302,12 +302,13 @@ impl World {
             cluster,
             seed: self.rng.next(),
             dead_after: self.dead_after,
-            unix_us: 1_700_000_000_000_000,
+            unix_us: 1_700_000_000_000_000 + u64::try_from(self.now.as_micros()).unwrap_or(0),
         };
         let dead_after = self.dead_after;
         if let Some(daemon) = self.hosts[host].daemon.as_mut() {
-            let side = HeadSide { head: Head::new(config, now), detector: Detector::new(dead_after), timer: None };
-            daemon.head = Some(side);
+            let mut head = Head::new(config, now);
+            head.remember(daemon.story.clone(), now);
+            daemon.head = Some(HeadSide { head, detector: Detector::new(dead_after), timer: None });
         }
         self.hand_in_tokens(host, None);
         self.member_in(host, member::Input::Heads(vec![Target::Here], "this daemon is the head now".into()));
@@ -316,9 +317,8 @@ impl World {
     fn step_down(&mut self, host: usize, cause: &str) {
         self.say(format!("{}: {cause}", self.hosts[host].name));
         let Some(daemon) = self.hosts[host].daemon.as_mut() else { return };
-        if daemon.head.take().is_none() {
-            return;
-        }
+        let Some(side) = daemon.head.take() else { return };
+        daemon.story = side.head.story();
         for conn in 0..self.conns.len() {
             if self.conns[conn].head_host == host && self.conns[conn].head_open {
                 self.conns[conn].head_open = false;

@@ -561,6 +561,11 @@ impl Story {
                 let gpu = node.gpus.iter().find(|g| g.index.to_string() == *index).ok_or("but there is none")?;
                 if gpu.state.name() == *state { Ok(()) } else { Err(format!("but it is {}", gpu.state.name())) }
             }
+            ["event", kind] => {
+                let events = self.world.status().ok_or("there is no head")?.events;
+                let said = events.iter().filter(|e| e.kind == *kind).map(|e| e.cause.as_str());
+                contains(&said.collect::<Vec<_>>().join("\n"))
+            }
             ["keepers", h, n] => {
                 let is = self.world.hosts[self.host(h.trim_end_matches(':'))?].keepers.len();
                 if is.to_string() == *n { Ok(()) } else { Err(format!("but there are {is}")) }

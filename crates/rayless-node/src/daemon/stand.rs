@@ -8,7 +8,7 @@ use crate::store::{self, StoreConfig, StoreHandle, StoreNews};
 use rayless_control::{
     Candidate, Head, SessionId,
     election::{self, CandidateConfig},
-    head::{self, HeadConfig},
+    head::{self, HeadConfig, Story},
     member::{self, Target},
 };
 use rayless_proto::{
@@ -204,16 +204,30 @@ impl Core {
         };
         self.say(format!("this daemon is the head now (term {})", term.0));
         self.head_address = String::new();
-        self.head = Some(Head::new(config, now));
+        let mut head = Head::new(config, now);
+        head.remember(self.past(), now);
+        self.head = Some(head);
         let overlap = self.tokens.overlap_left(SystemTime::now());
         self.hand_in_tokens(overlap, now);
         let cause = "this daemon is the head now".to_owned();
         self.member.handle(now, member::Input::Heads(vec![Target::Here], cause));
     }
 
+    /// What has happened, as far as this daemon knows: by the head's word, or else by what it wrote itself in its last life. The rest of that file is no good
+    /// here: the last head was another daemon, as a rule, and nodes bring what they hold.
+    fn past(&mut self) -> Story {
+        let told = std::mem::take(&mut self.story);
+        if !told.is_empty() {
+            return told;
+        }
+        std::fs::read(self.run.head_story()).ok().and_then(|bytes| Story::of_state(&bytes).ok()).unwrap_or_default()
+    }
+
     fn leave_office(&mut self, cause: &str) {
         self.say(cause.to_owned());
-        self.head = None;
+        if let Some(head) = self.head.take() {
+            self.story = head.story();
+        }
         self.inside = None;
         self.wire.drop_nodes("this daemon is no longer the head");
         let others: Vec<HeadSeat> = self.stand.iter().flat_map(|stand| stand.candidate.others().cloned()).collect();
