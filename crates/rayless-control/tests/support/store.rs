@@ -37,6 +37,7 @@ pub struct Store {
     throne: Option<Throne>,
     term: Term,
     cluster: Option<ClusterId>,
+    authority: Option<String>,
     revision: u64,
     /// What each daemon was shown last.
     shown: BTreeMap<usize, (u64, u64)>,
@@ -55,6 +56,7 @@ impl Store {
             throne: None,
             term: Term(0),
             cluster: None,
+            authority: None,
             revision: 1,
             shown: BTreeMap::new(),
         }
@@ -67,6 +69,7 @@ impl Store {
             seats: self.seats.values().cloned().collect(),
             term: self.term,
             cluster: self.cluster,
+            authority: self.authority.clone(),
         }
     }
 
@@ -110,6 +113,7 @@ impl World {
             cluster: ClusterId(cluster),
             seen: self.hosts[host].seen.map_or(Term(0), |seen| seen.term),
             store: "etcd://10.0.9.9:2379".into(),
+            authorities: self.authorities(host),
         };
         let candidate = Candidate::new(config, self.lease_clock(host));
         if let Some(store) = &mut self.store {
@@ -245,6 +249,15 @@ impl World {
                     let cluster = *store.cluster.get_or_insert(cluster);
                     election::Input::Claimed { attempt, term, cluster, revision }
                 }
+            }
+            election::Effect::NameAuthority { key_revision, authority } => {
+                if store.throne.as_ref().is_some_and(|throne| throne.revision == key_revision)
+                    && store.authority.as_ref() != Some(&authority)
+                {
+                    store.authority = Some(authority);
+                    store.revision += 1;
+                }
+                return;
             }
             election::Effect::GiveBack(lease) => return store.revoke(lease),
             _ => return,

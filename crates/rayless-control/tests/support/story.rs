@@ -331,6 +331,10 @@ impl Story {
             ["cannot", "finish", "rotation"] => {
                 return self.world.finish_rotation().map_or(Ok(()), |()| Err("but it can".into()));
             }
+            ["give", "token", from, to] => {
+                let (from, to) = (self.host(from)?, self.host(to)?);
+                self.world.hosts[to].tokens = self.world.hosts[from].tokens.clone();
+            }
             ["disk", full, h] => {
                 let host = self.host(h)?;
                 self.world.hosts[host].disk_full = *full == "full";

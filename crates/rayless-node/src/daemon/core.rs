@@ -376,8 +376,12 @@ impl Core {
         if matches!(&input, head::Input::Message { message: ToHead::Status { .. }, .. }) {
             self.tell_heard(now);
         }
+        let tokens_held = matches!(&input, head::Input::Message { message: ToHead::TokensHeld { .. }, .. });
         if let Some(head) = &mut self.head {
             head.handle(now, input);
+        }
+        if tokens_held {
+            self.name_authority();
         }
     }
 

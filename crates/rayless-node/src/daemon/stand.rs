@@ -77,6 +77,7 @@ impl Stand {
             cluster,
             seen: seen.map_or(Term(0), |seen| seen.term),
             store: shown.clone(),
+            authorities: authorities.clone(),
         };
         let (store, news) = store::open(config, seat.clone(), authorities, lease);
         let candidate = Candidate::new(candidate, clock.now());
@@ -129,6 +130,11 @@ impl Core {
     /// Gives the candidate an input, and does what it says at once: nothing may come between its decision and the deed.
     pub(crate) fn stand_for(&mut self, input: election::Input) {
         let Some(stand) = &mut self.stand else { return };
+        if let election::Input::Authorities { held, .. } = &input
+            && let Some(store) = &stand.store
+        {
+            store.accept(held.clone());
+        }
         stand.candidate.handle(stand.clock.now(), input);
         while let Some(effect) = self.stand.as_mut().and_then(|stand| stand.candidate.poll_effect()) {
             match effect {
@@ -278,7 +284,10 @@ impl Core {
     pub(crate) fn no_head_because_of_store(&self) -> Option<Refusal> {
         let stand = self.stand.as_ref()?;
         let cause = stand.trouble()?;
-        let hint = format!("see that etcd runs at {}; running groups go on without a head", stand.shown());
+        let hint = match stand.candidate.barred() {
+            Some(_) => "start this daemon with the present token: `rayless token show` on the head".to_owned(),
+            None => format!("see that etcd runs at {}; running groups go on without a head", stand.shown()),
+        };
         Some(Refusal { kind: RefusalKind::NoHead, cause, hint })
     }
 }
