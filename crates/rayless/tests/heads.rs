@@ -408,6 +408,9 @@ fn a_standby_that_missed_a_rotation_of_the_token_does_not_take_over() {
     let (_head_a, _) = head(&t.a, &t.etcd.address(), "a", &[]);
     t.a.await_status("a again, and nobody in between", |status| leads(status, "a"));
 
+    // b is the only one who can tell them where a is now.
+    t.a.await_nodes(&[("c", "alive"), ("d", "alive")]);
+
     // With the present token it is one of them again.
     t.head_b.crash();
     let new = t.a.run_dir().join("token");

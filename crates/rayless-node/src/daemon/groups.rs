@@ -3,17 +3,13 @@
 use super::{
     Talk,
     core::{Core, STATE_REPORT_PERIOD},
-    drain,
+    drain::{self, Used},
     keepers::{self, Keeper},
 };
-use crate::inventory::{
-    self,
-    gpu::{Probe, Used},
-    rdma,
-};
+use crate::inventory::{self, gpu::Probe, rdma};
 use rayless_proto::{
     ids::{GroupId, NodeId},
-    limits::{HEARTBEAT_PERIOD, MAX_CAUSE, MAX_ENDED_GROUPS, MAX_LINK_ENDS},
+    limits::{HEARTBEAT_PERIOD, MAX_CAUSE, MAX_ENDED_GROUPS, MAX_ENDED_LOGS, MAX_LINK_ENDS},
     v1::{
         control::{EndedGroup, HeldGroup, RankAllocation, Requester, ToHead},
         keeper::{FromKeeper, KeeperConfig},
@@ -167,6 +163,8 @@ impl Core {
     pub(crate) fn keeper_gone(&mut self, group: GroupId) {
         let Some(keeper) = self.keepers.remove(&group) else { return };
         keepers::forget(&self.run, group);
+        let run = self.run.clone();
+        tokio::task::spawn_blocking(move || run.remove_old_logs(MAX_ENDED_GROUPS, MAX_ENDED_LOGS));
         let said_so = keeper.ended.is_some();
         let cause = match (keeper.ended, keeper.stopping) {
             (Some(cause), _) | (None, Some(cause)) => cause,
@@ -194,7 +192,7 @@ impl Core {
     /// No process of the group is left here: its GPUs' memory is waited for.
     fn after_keeper(&mut self, group: GroupId, held: HeldGroup, cause: String, used: Used) {
         let still_held: BTreeSet<u32> = self.keepers.values().flat_map(Keeper::gpus).collect();
-        let before: Used = used.into_iter().filter(|(index, _)| !still_held.contains(index)).collect();
+        let before = drain::worth_watching(used, &still_held);
         if before.is_empty() {
             self.tell_ended(held, cause);
         } else {

@@ -6,8 +6,8 @@ use rayless_proto::{
     v1::{
         control::{
             EndedGroup, FromHead, GpuInfo, GroupSpec, HeadTerm, HeldGroup, HeldPlacementGroup, NeedHave, NeedHaveRow,
-            NodeEnv, NodeInfo, PlacedNode, Placement, RankAllocation, Refusal, RefusalKind, Requester, ToHead, ToNode,
-            WorkerState,
+            NodeEnv, NodeInfo, PlacedNode, Placement, RankAllocation, Refusal, RefusalKind, ReportAsker, ReportPart,
+            Requester, ToHead, ToNode, WorkerState,
         },
         keeper::{FromKeeper, KeeperConfig, ToKeeper},
         link::{
@@ -71,6 +71,8 @@ pub fn to_head() -> Vec<ToHead> {
         ToHead::GpuDraining { gpus: vec![(0, true), (1, false)] },
         ToHead::Update { info: info() },
         ToHead::TokensHeld { marks: vec![TokenMark([1; 8]), TokenMark([2; 8])], problem: "disk full".into() },
+        ToHead::AskReport { request: 7, node: NODE },
+        ToHead::ReportMade { by: asker(), part: part() },
     ]
 }
 
@@ -114,7 +116,17 @@ fn to_node() -> Vec<ToNode> {
         ToNode::Notice(event()),
         ToNode::Story { whole: true, events: vec![event()], ended: vec![ended()] },
         ToNode::Tokens(TokenSet { current: token(1), previous: Some(token(2)) }),
+        ToNode::MakeReport(asker()),
+        ToNode::ReportPart { request: 7, part: part() },
     ]
+}
+
+fn asker() -> ReportAsker {
+    ReportAsker { node: NODE, incarnation: Incarnation(2), request: 7 }
+}
+
+fn part() -> ReportPart {
+    ReportPart { archive: vec![0x1f, 0x8b, 8], cause: String::new() }
 }
 
 /// A command or driver to its daemon.
@@ -134,6 +146,7 @@ pub fn client_messages() -> Vec<ClientMessage> {
         ClientRequest::Stop,
         ClientRequest::RotateToken { overlap_ms: Some(60_000) },
         ClientRequest::FinishRotation,
+        ClientRequest::Report(NODE),
     ]
     .into_iter()
     .zip(1..)
@@ -173,6 +186,7 @@ pub fn daemon_messages() -> Vec<DaemonMessage> {
         ClientReply::KeeperStopped { group: GROUP, node: NODE, stopped: false },
         ClientReply::Done,
         ClientReply::Refused { refusal: refusal(), table: None },
+        ClientReply::Report(part()),
     ]
     .into_iter()
     .zip(1..)
