@@ -31,12 +31,15 @@ use std::{
 const NODES: usize = 3;
 const GPUS: u32 = 4;
 
+/// What a keeper was started with: name, world size, driver's node, ranks, whose request.
+type Started = (String, u32, NodeId, Vec<RankAllocation>, Option<Requester>);
+
 /// What is really on a node.
 #[derive(Default)]
 struct Truth {
     incarnation: u64,
     session: Option<SessionId>,
-    keepers: BTreeMap<GroupId, (String, u32, NodeId, Vec<RankAllocation>, Option<Requester>)>,
+    keepers: BTreeMap<GroupId, Started>,
     bundles: BTreeMap<PlacementGroupId, HeldPlacementGroup>,
     requests: u64,
 }
