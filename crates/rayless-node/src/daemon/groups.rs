@@ -9,9 +9,9 @@ use super::{
 use crate::inventory::{self, gpu::Probe, rdma};
 use rayless_proto::{
     ids::{GroupId, NodeId},
-    limits::{HEARTBEAT_PERIOD, MAX_ENDED_GROUPS, MAX_ENDED_LOGS, MAX_LINK_ENDS},
+    limits::{HEARTBEAT_PERIOD, MAX_CAUSE, MAX_ENDED_GROUPS, MAX_ENDED_LOGS, MAX_LINK_ENDS},
     v1::{
-        control::{HeldGroup, RankAllocation, ToHead},
+        control::{EndedGroup, HeldGroup, RankAllocation, Requester, ToHead},
         keeper::{FromKeeper, KeeperConfig},
         local::ClientReply,
         status::NodeState,
@@ -37,6 +37,7 @@ impl Core {
         world_size: u32,
         driver_node: NodeId,
         ranks: Vec<RankAllocation>,
+        requester: Option<Requester>,
     ) {
         if let Some(keeper) = self.keepers.get(&group) {
             // Asked again after the head or the session was lost.
@@ -49,8 +50,8 @@ impl Core {
             Ok(leaf) => leaf,
             Err(error) => {
                 let cause = format!("no identity for a keeper on {}: {error}", self.info.name);
-                self.tell_ended(group, cause);
-                return;
+                let held = keepers::held_before_start(group, name, world_size, driver_node, ranks, requester);
+                return self.tell_ended(held, cause);
             }
         };
         self.look_at_rdma();
@@ -75,8 +76,10 @@ impl Core {
             dead_after_ms: u64::try_from(self.dead_after.as_millis()).unwrap_or(u64::MAX),
             driver_wait_ms: u64::try_from(DRIVER_WAIT.as_millis()).unwrap_or(u64::MAX),
             links: self.info.links.clone(),
+            requester,
         };
-        let keeper = Keeper::starting(keepers::held_before_start(group, name, world_size, driver_node, ranks));
+        let keeper =
+            Keeper::starting(keepers::held_before_start(group, name, world_size, driver_node, ranks, requester));
         // A GPU that another group shares is not back to anything after this one.
         let shared: BTreeSet<u32> = self.keepers.values().flat_map(Keeper::gpus).collect();
         let measured: Vec<u32> =
@@ -127,10 +130,11 @@ impl Core {
             }
             Err(cause) => {
                 tracing::error!(%group, "{cause}");
-                self.keepers.remove(&group);
-                keepers::forget(&self.run, group);
                 let cause = format!("{} cannot start its workers: {}", self.info.name, one_line(&cause));
-                self.tell_ended(group, cause);
+                keepers::forget(&self.run, group);
+                if let Some(keeper) = self.keepers.remove(&group) {
+                    self.tell_ended(keeper.held, cause);
+                }
             }
         }
     }
@@ -190,7 +194,7 @@ impl Core {
         let still_held: BTreeSet<u32> = self.keepers.values().flat_map(Keeper::gpus).collect();
         let before = drain::worth_watching(used, &still_held);
         if before.is_empty() {
-            self.tell_ended(group, cause);
+            self.tell_ended(held, cause);
         } else {
             // The head hears that GPUs drain before it hears that they are given back.
             self.ending.insert(group, (held, cause));
@@ -218,17 +222,26 @@ impl Core {
     }
 
     /// What the group held here is free.
-    fn tell_ended(&mut self, group: GroupId, cause: String) {
+    fn tell_ended(&mut self, held: HeldGroup, cause: String) {
         if self.ended.len() >= MAX_ENDED_GROUPS {
             self.ended.pop_front();
         }
-        self.ended.push_back((group, cause.clone()));
+        let HeldGroup { group, name, world_size, driver_node, ranks, .. } = held;
+        self.ended.push_back(EndedGroup {
+            group,
+            name,
+            world_size,
+            driver_node,
+            cause: cause.chars().take(MAX_CAUSE).collect(),
+            time_us: super::unix_us(),
+            ranks: vec![(self.info.id, ranks.iter().map(|rank| rank.rank).collect())],
+        });
         self.tell_head(ToHead::GroupEnded { group, cause });
     }
 
     fn end_group(&mut self, group: GroupId) {
-        if let Some((_, cause)) = self.ending.remove(&group) {
-            self.tell_ended(group, cause);
+        if let Some((held, cause)) = self.ending.remove(&group) {
+            self.tell_ended(held, cause);
         }
     }
 

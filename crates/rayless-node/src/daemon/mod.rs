@@ -31,7 +31,7 @@ use crate::{
 };
 use rayless_control::{
     Head, Member,
-    head::HeadConfig,
+    head::{HeadConfig, Story},
     member::{MemberConfig, Target},
 };
 use rayless_net::{
@@ -291,6 +291,7 @@ async fn start(config: DaemonConfig, lock: RunDirLock, talk: &mut dyn FnMut(Talk
         keepers,
         ending: BTreeMap::new(),
         ended: VecDeque::new(),
+        story: Story::default(),
         draining: BTreeMap::new(),
         placement_groups: BTreeMap::new(),
         clients: BTreeMap::new(),

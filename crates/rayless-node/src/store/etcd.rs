@@ -203,6 +203,19 @@ impl Etcd {
         Ok((answer["succeeded"] == Value::Bool(true)).then_some(revision))
     }
 
+    /// Names the authority that a candidate must accept, if the head's key is still the one of that revision.
+    pub(crate) async fn name_authority(&mut self, key_revision: u64, authority: &str) -> Result<(), StoreError> {
+        let body = json!({
+            "compare": [
+                { "target": "MOD", "key": self.key("head"), "result": "EQUAL", "mod_revision": key_revision.to_string() },
+            ],
+            "success": [
+                { "request_put": { "key": self.key("authority"), "value": encode(authority.as_bytes()) } },
+            ],
+        });
+        self.call("kv/txn", body).await.map(drop)
+    }
+
     /// All that is there, and whose seats with which authorities.
     pub(crate) async fn view(&mut self) -> Result<(View, Vec<Seat>), StoreError> {
         let answer = self.call("kv/range", json!({ "key": self.key(""), "range_end": self.end() })).await?;
@@ -212,6 +225,7 @@ impl Etcd {
             seats: Vec::new(),
             term: Term(0),
             cluster: None,
+            authority: None,
         };
         let mut seats = Vec::new();
         for pair in answer["kvs"].as_array().into_iter().flatten() {
@@ -226,6 +240,7 @@ impl Etcd {
                     view.term = Term(term.ok_or_else(|| odd("the term makes no sense"))?);
                     view.cluster = Some(cluster.parse().map_err(|_| odd("the cluster's id makes no sense"))?);
                 }
+                "authority" => view.authority = Some(value),
                 "head" => {
                     let (seat, term) = Seat::read(&value).ok_or_else(|| odd("the head's key makes no sense"))?;
                     let (lease, revision) = (number(&pair["lease"])?, number(&pair["mod_revision"])?);
