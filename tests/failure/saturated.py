@@ -133,7 +133,7 @@ def page(record: dict[str, Any]) -> str:
         "|---|---|",
         f"| times a head was asked | {heads['asked']} (slowest answer {heads['slowest_answer_ms']:.0f} ms, process included; {heads['not_answered']} without an answer) |",
         f"| longest silence of a node seen | {max(heads['silence_ms'].values(), default=0)} ms |",
-        f"| groups that lived through it all | {len(steadily)}: {sum(c['calls'] for c in steadily)} calls, slowest {most('slowest_ms', steadily)} (p50 / max over groups); "
+        f"| groups that lived through it all | {sum(len(c['back_ms']) for c in steadily)}: {sum(c['calls'] for c in steadily)} calls, slowest {most('slowest_ms', steadily)} (p50 / max over groups); "
         f"{sum(c['exchanged'] for c in steadily)} rounds of 4 tensors of {BUSY.tensor // 1024} KiB, slowest {most('exchange_ms', steadily)} |",
     ]
     for cell in cells:
