@@ -280,10 +280,12 @@ impl Shared {
             let mut fds = [PollFd::new(&self.socket, PollFlags::IN), PollFd::new(wake, PollFlags::IN)];
             match poll(&mut fds, timeout.as_ref()) {
                 Err(Errno::INTR) => {}
-                // A new link, or a lost one.
+                // A new link, which was told of when it opened; or a lost one.
                 Ok(_) if fds[0].revents().is_empty() => {
                     event::clear(wake);
-                    self.look();
+                    if self.lock().live.iter().any(|live| live.probe.phase() == Phase::Lost) {
+                        self.look();
+                    }
                 }
                 Ok(_) => match self.take_caller() {
                     Ok(()) => {}
