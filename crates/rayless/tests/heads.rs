@@ -267,6 +267,8 @@ struct Four {
     /// Its token is read by whoever starts later.
     _cluster: Cluster,
     etcd: Etcd,
+    /// Address of the first head.
+    first: String,
     a: Host,
     b: Host,
     c: Host,
@@ -282,7 +284,7 @@ fn four() -> Four {
     let [a, b, c, d] = [(); 4].map(|()| Host::new(&cluster));
     let etcd = Etcd::start();
     let store = etcd.address();
-    let (head_a, _) = head(&a, &store, "a", &[]);
+    let (head_a, first) = head(&a, &store, "a", &[]);
     let (mut head_b, both) = head(&b, &store, "b", &[]);
     head_b.says("stands by at");
     let [node_c, node_d] = [(&c, "c"), (&d, "d")].map(|(host, name)| {
@@ -291,7 +293,7 @@ fn four() -> Four {
         node
     });
     c.await_nodes(&[("a", "alive"), ("b", "alive"), ("c", "alive"), ("d", "alive")]);
-    Four { _cluster: cluster, etcd, a, b, c, d, head_a, head_b, node_c, node_d }
+    Four { _cluster: cluster, etcd, first, a, b, c, d, head_a, head_b, node_c, node_d }
 }
 
 fn groups(status: &Value) -> &[Value] {
@@ -405,16 +407,18 @@ fn a_standby_that_missed_a_rotation_of_the_token_does_not_take_over() {
     let shown = t.b.run(&["status"]);
     assert!(shown.code == 3 && shown.stderr.contains("the cluster's token was rotated"), "{shown:?}");
     assert!(shown.stderr.contains("hint: start this daemon with the present token"), "{shown:?}");
-    let (_head_a, _) = head(&t.a, &t.etcd.address(), "a", &[]);
+    // Under its old address: b, whom no node lets in, cannot tell them a new one.
+    let (port, store) = (t.first.rsplit_once(':').unwrap().1, t.etcd.address());
+    let args = ["head", "--store", &store, "--name", "a", "--bind", "127.0.0.1", "--port", port, "--token-file"];
+    let mut head_a = Daemon::of(&mut t.a.command(&[&args[..], &[t.a.token.to_str().unwrap()]].concat()));
+    head_a.says("is ready at");
     t.a.await_status("a again, and nobody in between", |status| leads(status, "a"));
 
-    // b is the only one who can tell them where a is now.
     t.a.await_nodes(&[("c", "alive"), ("d", "alive")]);
 
     // With the present token it is one of them again.
     t.head_b.crash();
     let new = t.a.run_dir().join("token");
-    let store = t.etcd.address();
     let args = ["head", "--store", &store, "--name", "b", "--bind", "127.0.0.1", "--port", "0", "--token-file"];
     let mut head_b = Daemon::of(&mut t.b.command(&[&args[..], &[new.to_str().unwrap()]].concat()));
     head_b.says("stands by at");
