@@ -85,5 +85,6 @@ pub const STEP_DEADLINE: Duration = Duration::from_secs(300);
 pub const REAP_TIMEOUT: Duration = Duration::from_secs(5);
 /// A GPU whose memory is not back within this is `draining`.
 pub const GPU_DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
-/// A GPU's memory counts as back when within this many bytes of what it was before the launch.
+/// A GPU's memory counts as back when within this many bytes of what it was before the launch, what other processes hold left out on both
+/// sides; as many again for each process that came meanwhile, whose context takes more than NVML tells (tens of MiB).
 pub const GPU_DRAIN_SLACK: u64 = 64 << 20;

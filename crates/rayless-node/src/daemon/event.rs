@@ -1,6 +1,7 @@
 //! All that can happen to a daemon, in one queue: its main loop takes one at a time.
 
-use crate::inventory::gpu::{Probe, Used};
+use super::drain::Used;
+use crate::inventory::gpu::Probe;
 use rayless_proto::{
     ids::GroupId,
     v1::{

@@ -3,14 +3,10 @@
 use super::{
     Talk,
     core::{Core, STATE_REPORT_PERIOD},
-    drain,
+    drain::{self, Used},
     keepers::{self, Keeper},
 };
-use crate::inventory::{
-    self,
-    gpu::{Probe, Used},
-    rdma,
-};
+use crate::inventory::{self, gpu::Probe, rdma};
 use rayless_proto::{
     ids::{GroupId, NodeId},
     limits::{HEARTBEAT_PERIOD, MAX_ENDED_GROUPS, MAX_LINK_ENDS},
@@ -190,7 +186,7 @@ impl Core {
     /// No process of the group is left here: its GPUs' memory is waited for.
     fn after_keeper(&mut self, group: GroupId, held: HeldGroup, cause: String, used: Used) {
         let still_held: BTreeSet<u32> = self.keepers.values().flat_map(Keeper::gpus).collect();
-        let before: Used = used.into_iter().filter(|(index, _)| !still_held.contains(index)).collect();
+        let before = drain::worth_watching(used, &still_held);
         if before.is_empty() {
             self.tell_ended(group, cause);
         } else {

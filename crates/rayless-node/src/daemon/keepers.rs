@@ -4,10 +4,10 @@
 //! at each join.
 
 use super::{
-    drain,
+    drain::{self, Used},
     event::{Event, Events},
 };
-use crate::{inventory::gpu::Used, run_dir::RunDir};
+use crate::run_dir::RunDir;
 use rayless_proto::{
     ids::{GroupId, NodeId, Rank},
     limits::REAP_TIMEOUT,

@@ -19,7 +19,7 @@ mod step;
 
 pub use ask::{Answer, ask};
 pub use handle::{HandOver, KeeperHandle, KeeperRemote, adopt, spawn};
-pub use reap::clear_orphans;
+pub use reap::{clear_orphans, is_of_group};
 
 use group::Group;
 use rayless_net::unix;

@@ -41,14 +41,13 @@ pub(super) async fn clear_leftovers(workers: &[u32], deadline: Instant) -> bool 
 /// group in the environment that it was started with, or is of a worker's session. Returns how many there were; all are gone when it
 /// returns, or `deadline` has passed.
 pub async fn clear_orphans(group: GroupId, workers: &[u32], deadline: Instant) -> usize {
-    let marker = format!("RAYLESS_GROUP={group}").into_bytes();
     let mut seen = BTreeSet::new();
     let mut pause = Duration::from_millis(5);
     loop {
         let ours = |process: &Process| {
             process.state != 'Z'
                 && process.pid != own_pid()
-                && (workers.contains(&process.session) || has_in_environment(process.pid, &marker))
+                && (workers.contains(&process.session) || is_of_group(process.pid, group))
         };
         let left: Vec<u32> = processes().filter(ours).map(|process| process.pid).collect();
         if left.is_empty() || Instant::now() >= deadline {
@@ -61,10 +60,11 @@ pub async fn clear_orphans(group: GroupId, workers: &[u32], deadline: Instant) -
     }
 }
 
-/// Of the environment that a process was started with; `false` for other users' processes.
-fn has_in_environment(pid: u32, entry: &[u8]) -> bool {
+/// Whether a process has the group in the environment that it was started with; `false` for other users' processes.
+pub fn is_of_group(pid: u32, group: GroupId) -> bool {
+    let marker = format!("RAYLESS_GROUP={group}").into_bytes();
     let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-    environment.split(|byte| *byte == 0).any(|part| part == entry)
+    environment.split(|byte| *byte == 0).any(|part| part == marker)
 }
 
 /// Reaps orphans that ended while the group runs, so that a worker that starts many programs does not fill the process table.
