@@ -7,9 +7,12 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from engine_faults import BY_NAME
+from engine_faults import BY_NAME, SILENT
 from engine_stage import BEFORE_READY, MOMENTS
 from page import span
+
+#: When clients must know.
+KNOWN_WITHIN_MS = {"worker-kill-near": 50, "worker-kill-far": 100, "worker-exit": 100}
 
 HEAD = """# Failure matrix: engines
 
@@ -39,7 +42,7 @@ def text(runs: list[dict[str, Any]]) -> str:
     order = {name: index for index, name in enumerate(BY_NAME)}
     rows = [(letter, cell) for letter, run in zip(letters, runs, strict=False) for cell in run["cells"]]
     rows.sort(key=lambda row: (order[row[1]["fault"]], MOMENTS.index(row[1]["moment"]), row[0]))
-    out += [*_ends(rows), *_lives(rows), *_said(rows), *_wrong(rows)]
+    out += [*_ends(rows), *_lives(rows), *_late(rows), *_said(rows), *_wrong(rows)]
     return "".join(out)
 
 
@@ -71,6 +74,22 @@ def _lives(rows: Rows) -> Iterator[str]:
             )
             answered = str(cell["answered"] or "-")
             yield _row(fault.text, cell["moment"], letter, str(cell["played"]), lasted, answered, *times, fault.who)
+
+
+def _late(rows: Rows) -> Iterator[str]:
+    yield "\n## Later than wanted\n\nWanted: a killed worker at the client within 50 ms (on its host), 100 ms (from the other), with what vLLM's own processes take on the way; a cut or silence within 3.5 s; every process of the engine gone 5 s after that.\n\n"
+    nothing = True
+    for letter, cell in rows:
+        fault = BY_NAME[cell["fault"]]
+        known = KNOWN_WITHIN_MS.get(fault.name, 3500 if fault.line == SILENT else None)
+        limits = {"told_ms": known, "gone_ms": 5000 + (known or 0) if not fault.stays else None}
+        for name, limit in limits.items() if fault.leads_to == "ends" else ():
+            if limit is not None and (late := [time for time in cell[name] if time > limit]):
+                nothing = False
+                what = {"told_ms": "client", "gone_ms": "gone"}[name]
+                yield f"- {fault.text}, {cell['moment']}, run {letter}: *{what}* {len(late)} of {len(cell[name])} times, {span(cell[name])}\n"
+    if nothing:
+        yield "Nothing.\n"
 
 
 def _said(rows: Rows) -> Iterator[str]:

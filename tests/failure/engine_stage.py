@@ -232,6 +232,7 @@ class EngineStage(Ground):
         self.begin()
         self._let_on("start")
         self._arrived("load")
+        self._remember()
 
     def let_load(self) -> float:
         """Lets the ranks go on from wherever they stopped; seconds until the engine is ready."""
@@ -239,6 +240,7 @@ class EngineStage(Ground):
         self._let_on("start")
         self._let_on("load")
         self.server.wait_ready(START)
+        self._remember()
         self.ready_in.append(time.monotonic() - self.begun)
         if self.build.gpu and not {self.worker(host).pid for host in "ab"} <= gpu_memory().keys():
             raise Hang("NVML does not tell what memory the ranks hold, so nothing can be said of what is left of it")
@@ -259,7 +261,7 @@ class EngineStage(Ground):
         self.until(there, f"both ranks stop at {where}", START)
 
     def _remember(self) -> None:
-        """Opens a handle of every process of the engine, before anything ends."""
+        """Opens a handle of every process of the engine that has none yet, before anything ends."""
         assert self.server
         (group,) = self.running()
         names = {node["id"]: node["name"] for node in self.cluster.status()["nodes"]}
@@ -270,10 +272,10 @@ class EngineStage(Ground):
         for index, name in enumerate("ab"):
             for file in (self.cluster.run_dir(index) / "keepers").glob("*.pid"):
                 known[int(file.read_text())] = f"keeper@{name}"
-        daemons = {self.cluster.daemon_pid(0), self.cluster.daemon_pid(1)}
+        others = {self.cluster.daemon_pid(0), self.cluster.daemon_pid(1), *(process.pid for process in self.processes)}
         for host in (self.a, self.b):
             for pid in host.pids():
-                if pid not in daemons:
+                if pid not in others:
                     with contextlib.suppress(ProcessLookupError):
                         self.processes.append(Process(pid, known.get(pid, "helper")))
 
