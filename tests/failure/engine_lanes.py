@@ -16,7 +16,6 @@ from pathlib import Path
 from engine_cells import EngineCell, play
 from engine_faults import BY_NAME, EngineFault
 from engine_stage import BEFORE_READY, EngineStage
-from stage import Hang
 
 #: What a start is taken to last until one was seen, and what the rest of a cell takes beside the fault's own time; in seconds.
 FIRST_START, REST = 60.0, 20.0
@@ -185,8 +184,8 @@ def _lane(pipe: Connection, number: int, logs: Path) -> None:
                 else:
                     stage.sharers = job.sharers
                     play(stage, job.what, job.moment, cell)
-            except (Hang, RuntimeError, TimeoutError, OSError, subprocess.SubprocessError) as error:
-                cell.problems.append(f"{type(error).__name__}: {str(error).splitlines()[0]}")
+            except Exception as error:  # the lane goes on with a new stage
+                cell.problems.append(f"{type(error).__name__}: {(str(error).splitlines() or [str()])[0]}")
             starts = stage.ready_in[known_starts:] if stage else []
             known_starts += len(starts)
             if stage and (cell.problems or cell.left):

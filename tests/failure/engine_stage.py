@@ -232,7 +232,7 @@ class EngineStage(Ground):
         self.begin()
         self._let_on("start")
         self._arrived("load")
-        self._remember()
+        self._remember_more()
 
     def let_load(self) -> float:
         """Lets the ranks go on from wherever they stopped; seconds until the engine is ready."""
@@ -240,7 +240,7 @@ class EngineStage(Ground):
         self._let_on("start")
         self._let_on("load")
         self.server.wait_ready(START)
-        self._remember()
+        self._remember_more()
         self.ready_in.append(time.monotonic() - self.begun)
         if self.build.gpu and not {self.worker(host).pid for host in "ab"} <= gpu_memory().keys():
             raise Hang("NVML does not tell what memory the ranks hold, so nothing can be said of what is left of it")
@@ -261,23 +261,26 @@ class EngineStage(Ground):
         self.until(there, f"both ranks stop at {where}", START)
 
     def _remember(self) -> None:
-        """Opens a handle of every process of the engine that has none yet, before anything ends."""
+        """Opens a handle of every process of the engine, before anything ends."""
         assert self.server
-        (group,) = self.running()
+        (self.group,) = self.running()
         names = {node["id"]: node["name"] for node in self.cluster.status()["nodes"]}
-        self.group = group
-        known = {self.server.process.pid: "api server", group["driver"]["pid"]: "EngineCore"}
-        for worker in group["workers"]:
+        known = {self.server.process.pid: "api server", self.group["driver"]["pid"]: "EngineCore"}
+        for worker in self.group["workers"]:
             known[worker["pid"]] = f"worker@{'ab'[names[worker['node']] == 'host1']}"
         for index, name in enumerate("ab"):
             for file in (self.cluster.run_dir(index) / "keepers").glob("*.pid"):
                 known[int(file.read_text())] = f"keeper@{name}"
+        self._remember_more(known)
+
+    def _remember_more(self, known: Mapping[int, str] | None = None) -> None:
+        """The same for what has no handle yet: helpers that an engine starts on its way up."""
         others = {self.cluster.daemon_pid(0), self.cluster.daemon_pid(1), *(process.pid for process in self.processes)}
         for host in (self.a, self.b):
             for pid in host.pids():
                 if pid not in others:
                     with contextlib.suppress(ProcessLookupError):
-                        self.processes.append(Process(pid, known.get(pid, "helper")))
+                        self.processes.append(Process(pid, (known or {}).get(pid, "helper")))
 
     def process(self, what: str) -> Process:
         """One of "api server", "EngineCore", "worker@a", "keeper@b", …"""
