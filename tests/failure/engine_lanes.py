@@ -185,7 +185,7 @@ def _lane(pipe: Connection, number: int, logs: Path) -> None:
                     stage.sharers = job.sharers
                     play(stage, job.what, job.moment, cell)
             except Exception as error:  # the lane goes on with a new stage
-                cell.problems.append(f"{type(error).__name__}: {(str(error).splitlines() or [str()])[0]}")
+                cell.problems.append(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
             starts = stage.ready_in[known_starts:] if stage else []
             known_starts += len(starts)
             if stage and (cell.problems or cell.left):
