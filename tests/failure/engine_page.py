@@ -24,7 +24,7 @@ stage 1 on host b. The hosts are network namespaces on one machine, joined by a 
 What nobody notices (loss, delay, a full disk, …) is there from *loading* until the engine is ready, so that it has no *start* of its own; before it is ready an engine that gets SIGTERM has no orderly end, and is one that is killed.
 All times from the fault, median and maximum of n repeats: *client*: until the client's
 pending request fails; *health*: until `/health` is not 200; *ended*: until `vllm serve` has ended; *gone*: until the last process of the engine is gone on both hosts (what is stopped or cut off ends once that is over).
-*back*: from the end of the fault until both nodes are alive and hold nothing, or until the next request is answered. After each it was checked that nothing is left: no process, no name in /dev/shm, no socket, nothing held, and no GPU memory (NVML, by process).
+*back*: from the end of the fault until both nodes are alive and hold nothing, or until the next request is answered (in a start: until both nodes are alive). After each it was checked that nothing is left: no process, no name in /dev/shm, no socket, nothing held, and no GPU memory (NVML, by process).
 
 """
 
