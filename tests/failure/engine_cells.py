@@ -204,7 +204,8 @@ def _lives(stage: EngineStage, fault: EngineFault, moment: str, cell: EngineCell
     if server.get("/health") != 200:
         cell.problems.append("/health is not 200 afterwards")
     stage.until(lambda: stage.group_now()["state"] == "running", "the head knows the group as running")
-    cell.left += [f"ended: {process.what}" for process in stage.processes if process.gone(0)]
+    # Helpers (compilers and the like) come and go.
+    cell.left += [f"ended: {p.what}" for p in stage.processes if p.what != "helper" and p.gone(0)]
     if fault.who == "nobody" and "node-dead" in stage.events()[before:]:
         cell.problems.append("a node was declared dead")
 
