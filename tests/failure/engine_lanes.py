@@ -16,6 +16,7 @@ from pathlib import Path
 from engine_cells import EngineCell, play
 from engine_faults import BY_NAME, EngineFault
 from engine_stage import BEFORE_READY, EngineStage
+from stage import saturation
 
 #: What a start is taken to last until one was seen, and what the rest of a cell takes beside the fault's own time; in seconds.
 FIRST_START, REST = 60.0, 20.0
@@ -182,7 +183,7 @@ def _lane(pipe: Connection, number: int, logs: Path) -> None:
                 if job.prepares:
                     stage.engine()
                 else:
-                    stage.sharers = job.sharers
+                    saturation.sharers = job.sharers
                     play(stage, job.what, job.moment, cell)
             except Exception as error:  # the lane goes on with a new stage
                 cell.problems.append(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")

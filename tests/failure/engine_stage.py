@@ -187,12 +187,14 @@ class Health:
 class EngineStage(Ground):
     """Host a has the head and `vllm serve`; stage 0 of the model is on a, stage 1 on b."""
 
-    def __init__(self, *, seed: int = 1) -> None:
+    def __init__(self, *, damage: bool = True, start: float = START, seed: int = 1) -> None:
+        """Without `damage` the daemons' clocks and host b's disk are the machine's own: for a run whose daemons are measured. `start`: seconds that an
+        engine may take to load, and again to be ready."""
+        self._patience = start
         self._before = leftovers.shared_memory()
-        super().__init__(seed=seed, daemon_environment=clock_environment)
+        environment = clock_environment if damage else None
+        super().__init__(seed=seed, daemon_environment=environment, small_disk=damage)
         self.build = build()
-        #: How many stages have what the whole machine has at the same time, and cause it together.
-        self.sharers = 1
         self.model = tiny_models.ensure("llama")
         self.marks = self.cluster.base / "marks"
         self.marks.mkdir()
@@ -239,7 +241,7 @@ class EngineStage(Ground):
         assert self.server
         self._let_on("start")
         self._let_on("load")
-        self.server.wait_ready(START)
+        self.server.wait_ready(self._patience)
         self._remember_more()
         self.ready_in.append(time.monotonic() - self.begun)
         if self.build.gpu and not {self.worker(host).pid for host in "ab"} <= gpu_memory().keys():
@@ -258,7 +260,7 @@ class EngineStage(Ground):
                 raise Hang(f"vllm serve ended with {server.process.returncode}:\n{server.tail()}")
             return all((self.marks / f"{where}.{rank}").exists() for rank in (0, 1))
 
-        self.until(there, f"both ranks stop at {where}", START)
+        self.until(there, f"both ranks stop at {where}", self._patience)
 
     def _remember(self) -> None:
         """Opens a handle of every process of the engine, before anything ends."""

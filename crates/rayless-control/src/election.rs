@@ -469,7 +469,8 @@ impl Candidate {
         }
         let known_cluster = view.cluster;
         let (after, key_revision) = (view.term, view.head.as_ref().map_or(0, |throne| throne.revision));
-        let term = Term(self.config.seen.max(after).0 + 1);
+        // There is none after the last: who has seen that one has been lied to, and is no head.
+        let Some(term) = self.config.seen.max(after).0.checked_add(1).map(Term) else { return };
         let attempt = self.next_attempt();
         self.claiming = Some((attempt, now));
         let cluster = known_cluster.unwrap_or(self.config.cluster);

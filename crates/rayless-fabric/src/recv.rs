@@ -541,58 +541,9 @@ impl fmt::Debug for RecvLink {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::wait::Wake;
+    use crate::canned::Canned;
     use rayless_proto::ids::GroupId;
     use std::time::Duration;
-
-    /// A transport whose sender wrote these bytes and left.
-    struct Canned {
-        bytes: Vec<u8>,
-        at: usize,
-    }
-
-    struct Nobody;
-    impl Wake for Nobody {
-        fn wake(&self) {}
-    }
-
-    impl Canned {
-        fn take(&mut self, out: &mut [u8]) -> usize {
-            let n = out.len().min(self.bytes.len() - self.at);
-            out[..n].copy_from_slice(&self.bytes[self.at..self.at + n]);
-            self.at += n;
-            n
-        }
-    }
-
-    impl Inbound for Canned {
-        fn level(&self) -> Level {
-            Level::Tcp
-        }
-        fn read_head(&mut self, head: &mut [u8], filled: &mut usize) -> Result<bool, TransportError> {
-            *filled += self.take(&mut head[*filled..]);
-            Ok(*filled == head.len())
-        }
-        fn read_body(&mut self, body: &mut ScatterMut<'_, '_>, filled: &mut u64) -> Result<bool, TransportError> {
-            let (from, len) = (*filled, body.len());
-            body.walk(from, len - from, |slice| {
-                let took = self.take(slice);
-                *filled += took as u64;
-                took == slice.len()
-            });
-            Ok(*filled == len)
-        }
-        fn wait(&mut self, _: Duration) -> Result<(), TransportError> {
-            Err(TransportError::gone("no more bytes"))
-        }
-        fn waker(&self) -> Arc<dyn Wake> {
-            Arc::new(Nobody)
-        }
-        fn close(&mut self, _: &str) {}
-        fn counters(&self) -> Counters {
-            Counters::default()
-        }
-    }
 
     const HEADER_OF_FOUR: Header =
         Header { kind: Kind::Data, sequence: 0, tag: 0, payload: 4, slot: 0, schema: 15, checksum: false };
@@ -612,7 +563,7 @@ mod tests {
     fn link(bytes: &[u8]) -> RecvLink {
         let name = LinkName { group: GroupId([1; 8]), from: 0, to: 1, channel: 0 };
         let config = LinkConfig { max_message: 100, spin: Duration::ZERO, ..LinkConfig::default() };
-        RecvLink::new(name, Box::new(Canned { bytes: bytes.to_vec(), at: 0 }), &config)
+        RecvLink::new(name, Box::new(Canned::new(bytes.to_vec())), &config)
     }
 
     /// What a receiver makes of a good message and then these bytes.

@@ -21,6 +21,8 @@
 
 mod drive;
 mod etcd;
+#[cfg(fuzzing)]
+pub mod fuzzed;
 mod http;
 
 pub(crate) use drive::{StoreHandle, StoreNews, open};
