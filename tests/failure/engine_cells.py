@@ -31,7 +31,9 @@ class EngineCell:
     unhealthy_ms: list[float] = field(default_factory=list)
     #: Until `vllm serve` had ended.
     ended_ms: list[float] = field(default_factory=list)
-    #: Until the last process of the engine was gone on both hosts.
+    #: Until the group was reaped: its keepers and workers gone, on both hosts.
+    reaped_ms: list[float] = field(default_factory=list)
+    #: Until the last process of the engine was gone on both hosts, vLLM's own with it.
     gone_ms: list[float] = field(default_factory=list)
     #: From the end of the fault until both nodes were alive and nothing was held (ends) or the next request was answered (lives).
     back_ms: list[float] = field(default_factory=list)
@@ -147,6 +149,9 @@ def _ends(stage: EngineStage, fault: EngineFault, moment: str, cell: EngineCell)
 
 
 def _note_gone(stage: EngineStage, fault: EngineFault, cell: EngineCell, since: float) -> None:
+    reaped, _ = stage.gone(since, fault.stays, group=True)
+    if reaped is not None:
+        cell.reaped_ms.append(1000 * reaped)
     gone, left = stage.gone(since, fault.stays)
     if gone is None:
         cell.problems.append(f"still there after {HANG:.0f} s: {', '.join(sorted(set(left)))}")
@@ -213,7 +218,7 @@ def _lives(stage: EngineStage, fault: EngineFault, moment: str, cell: EngineCell
 def summary(cell: EngineCell) -> str:
     """A cell on one line."""
     words = [f"{cell.name}:"]
-    for name in ("told_ms", "unhealthy_ms", "ended_ms", "gone_ms", "back_ms", "slowest_ms", "ready_ms"):
+    for name in ("told_ms", "unhealthy_ms", "ended_ms", "reaped_ms", "gone_ms", "back_ms", "slowest_ms", "ready_ms"):
         if times := sorted(getattr(cell, name)):
             words.append(f"{name[:-3]} {times[len(times) // 2]:.0f}/{times[-1]:.0f}")
     if cell.answered:

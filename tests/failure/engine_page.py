@@ -23,7 +23,7 @@ stage 1 on host b. The hosts are network namespaces on one machine, joined by a 
 *start*: both ranks are up and have imported vLLM, and are about to take their devices and to meet each other. *loading*: they are about to load their weights. *request*: in the middle of a long streamed answer. *idle*: nobody asks.
 What nobody notices (loss, delay, a full disk, …) is there from *loading* until the engine is ready, so that it has no *start* of its own; before it is ready an engine that gets SIGTERM has no orderly end, and is one that is killed.
 All times from the fault, median and maximum of n repeats: *client*: until the client's
-pending request fails; *health*: until `/health` is not 200; *ended*: until `vllm serve` has ended; *gone*: until the last process of the engine is gone on both hosts (what is stopped or cut off ends once that is over).
+pending request fails; *health*: until `/health` is not 200; *ended*: until `vllm serve` has ended; *reaped*: until the group's keepers and workers are gone; *gone*: until the last process of the engine is gone on both hosts, vLLM's own with it (what is stopped or cut off ends once that is over).
 *back*: from the end of the fault until both nodes are alive and hold nothing, or until the next request is answered (in a start: until both nodes are alive). After each it was checked that nothing is left: no process, no name in /dev/shm, no socket, nothing held, and no GPU memory (NVML, by process).
 
 """
@@ -50,12 +50,12 @@ Rows = list[tuple[str, dict[str, Any]]]
 
 
 def _ends(rows: Rows) -> Iterator[str]:
-    yield "## What ends an engine\n\n| fault | moment | run | n | client | health | ended | gone | back | who notices |\n"
-    yield "|---|---|---|---|---|---|---|---|---|---|\n"
+    yield "## What ends an engine\n\n| fault | moment | run | n | client | health | ended | reaped | gone | back | who notices |\n"
+    yield "|---|---|---|---|---|---|---|---|---|---|---|\n"
     for letter, cell in rows:
         fault = BY_NAME[cell["fault"]]
         if fault.leads_to == "ends":
-            names = ("told_ms", "unhealthy_ms", "ended_ms", "gone_ms", "back_ms")
+            names = ("told_ms", "unhealthy_ms", "ended_ms", "reaped_ms", "gone_ms", "back_ms")
             times = (span(cell[name]) for name in names)
             yield _row(fault.text, cell["moment"], letter, str(cell["played"]), *times, fault.who)
 
@@ -77,17 +77,20 @@ def _lives(rows: Rows) -> Iterator[str]:
 
 
 def _late(rows: Rows) -> Iterator[str]:
-    yield "\n## Later than wanted\n\nWanted: a killed worker at the client within 50 ms (on its host), 100 ms (from the other), with what vLLM's own processes take on the way; a cut or silence within 3.5 s; every process of the engine gone 5 s after that.\n\n"
+    yield "\n## Later than wanted\n\nWanted: a killed worker at the client within 50 ms (on its host), 100 ms (from the other), with what vLLM's own processes take on the way; a cut or silence within 3.5 s; the group reaped 5 s after that (where its end was not noted by itself, the engine gone).\n\n"
     nothing = True
     for letter, cell in rows:
         fault = BY_NAME[cell["fault"]]
         known = KNOWN_WITHIN_MS.get(fault.name, 3500 if fault.line == SILENT else None)
-        limits = {"told_ms": known, "gone_ms": 5000 + (known or 0) if not fault.stays else None}
-        for name, limit in limits.items() if fault.leads_to == "ends" else ():
-            if limit is not None and (late := [time for time in cell[name] if time > limit]):
+        reaped = cell["reaped_ms"] or cell["gone_ms"]
+        wanted = {"client": (cell["told_ms"], known), "reaped": (reaped, 5000 + (known or 0))}
+        for what, (times, limit) in wanted.items() if fault.leads_to == "ends" else ():
+            # What is stopped or cut off cannot end before that is over.
+            if limit is None or (what == "reaped" and fault.stays):
+                continue
+            if late := [time for time in times if time > limit]:
                 nothing = False
-                what = {"told_ms": "client", "gone_ms": "gone"}[name]
-                yield f"- {fault.text}, {cell['moment']}, run {letter}: *{what}* {len(late)} of {len(cell[name])} times, {span(cell[name])}\n"
+                yield f"- {fault.text}, {cell['moment']}, run {letter}: *{what}* {len(late)} of {len(times)} times, {span(times)}\n"
     if nothing:
         yield "Nothing.\n"
 

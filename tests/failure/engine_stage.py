@@ -347,10 +347,13 @@ class EngineStage(Ground):
 
     # --- what is observed ---
 
-    def gone(self, since: float, but: tuple[str, ...] = ()) -> tuple[float | None, list[str]]:
-        """Seconds from `since` until the last process of the engine has ended, and what still runs at the end of patience."""
+    def gone(self, since: float, but: tuple[str, ...] = (), *, group: bool = False) -> tuple[float | None, list[str]]:
+        """Seconds from `since` until the last process of the engine (or of its `group`: keepers and workers) has ended, and what still runs at the end
+        of patience."""
         deadline = time.monotonic() + HANG
         awaited = [process for process in self.processes if process.what not in but]
+        if group:
+            awaited = [process for process in awaited if process.what.startswith(("keeper", "worker"))]
         left = [process.what for process in awaited if not process.gone(deadline - time.monotonic())]
         return (None if left else time.monotonic() - since), left
 
