@@ -58,6 +58,9 @@ class Process:
 class Saturation:
     """Eight busy loops a core at normal priority, shared by all who ask for them at the same time."""
 
+    #: Processes like this one that ask for them at the same time, too: each starts its share.
+    sharers = 1
+
     #: Ends with the test that started it, however that ends (PR_SET_PDEATHSIG of SIGKILL).
     LOOP = "import ctypes\nctypes.CDLL(None).prctl(1, 9)\nwhile True: pass"
 
@@ -78,7 +81,8 @@ class Saturation:
 
     def _start(self) -> list[subprocess.Popen[bytes]]:
         command = [sys.executable, "-c", self.LOOP]
-        return [subprocess.Popen(command, start_new_session=True) for _ in range(8 * (os.cpu_count() or 1))]
+        count = -(-8 * (os.cpu_count() or 1) // self.sharers)
+        return [subprocess.Popen(command, start_new_session=True) for _ in range(count)]
 
     def end(self) -> None:
         with self._lock:

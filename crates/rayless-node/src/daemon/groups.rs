@@ -4,9 +4,14 @@ use super::{
     Talk,
     core::{Core, STATE_REPORT_PERIOD},
     drain::{self, Used},
+    event::Event,
     keepers::{self, Keeper},
 };
-use crate::inventory::{self, gpu::Probe, rdma};
+use crate::inventory::{
+    self,
+    gpu::{self, Probe},
+    rdma,
+};
 use rayless_proto::{
     ids::{GroupId, NodeId},
     limits::{HEARTBEAT_PERIOD, MAX_CAUSE, MAX_ENDED_GROUPS, MAX_ENDED_LOGS, MAX_LINK_ENDS},
@@ -21,12 +26,17 @@ use rayless_worker::keeper::KeeperHandle;
 use std::{
     collections::BTreeSet,
     os::fd::OwnedFd,
+    thread,
     time::{Duration, Instant},
 };
+use tokio::{sync::oneshot, time::timeout};
 
 /// How long a keeper waits for its driver's first session. The driver is told once all keepers are up, and then has only
 /// to connect: a longer silence is a driver that died in between.
 const DRIVER_WAIT: Duration = Duration::from_secs(60);
+
+/// How long a daemon that finds groups with GPUs waits for NVML before it joins without: where it hangs, so do the groups.
+const GPU_LOOK_TIMEOUT: Duration = Duration::from_secs(10);
 
 impl Core {
     /// The head wants a keeper for these ranks.
@@ -347,6 +357,34 @@ impl Core {
         tokio::spawn(async move {
             if let Err(error) = hand_over.session(stream).await {
                 tracing::warn!(%group, from, %error, "a step session could not be handed to its keeper");
+            }
+        });
+    }
+
+    /// Asks NVML on a thread of its own: it may take seconds. Nobody waits for it, unless groups of an earlier daemon hold GPUs: a head that hears of
+    /// this node without them ends these groups. (NVML is quick while GPUs are in use.)
+    pub(crate) async fn look_for_gpus(&mut self, talk: &mut dyn FnMut(Talk)) {
+        let (tx, rx) = oneshot::channel();
+        let spawned = thread::Builder::new().name("nvml".to_owned()).spawn(move || {
+            let _ = tx.send(gpu::probe());
+        });
+        if let Err(error) = spawned {
+            tracing::error!(%error, "cannot look for GPUs");
+            return;
+        }
+        let mut probe = Box::pin(rx);
+        if self.keepers.values().any(|keeper| !keeper.gpus().is_empty()) {
+            talk(Talk::Line("looking for the GPUs that they hold".to_owned()));
+            match timeout(GPU_LOOK_TIMEOUT, &mut probe).await {
+                Ok(Ok(found)) => return self.gpus_found(&found, talk),
+                Ok(Err(_)) => return,
+                Err(_) => talk(Talk::Line(format!("NVML does not answer after {} s", GPU_LOOK_TIMEOUT.as_secs()))),
+            }
+        }
+        let events = self.events.clone();
+        tokio::spawn(async move {
+            if let Ok(found) = probe.await {
+                let _ = events.send(Event::GpusFound(found)).await;
             }
         });
     }
