@@ -5,7 +5,8 @@
 //! way, all sent by one thread and read by one thread, from and to a buffer of so many bytes: what memory costs beside iperf3, whose
 //! buffers stay in the cache. shm: a ping-pong over two
 //! futex words between two processes, which sleep (`futex_us`) or look again and again first, as links do (`spin_us`);
-//! and copying so many bytes (`memcpy_us`). Prints JSON.
+//! copying so many bytes within one process (`memcpy_us`), whose core has them in its cache; and the first ping-pong with so many bytes that
+//! are copied into the shared memory by one side and out of it by the other, whose core has to fetch them (`handed_us`). Prints JSON.
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a program of measurements ends with the first error")]
 
 use rayless_net::congestion::Congestion;
@@ -36,7 +37,11 @@ fn main() {
         ["bulk-to", address, streams, bytes, seconds, congestion] => {
             bulk_to(address, streams.parse().unwrap(), bytes.parse().unwrap(), span(seconds), congestion);
         }
-        ["futex-peer", spin_us] => answer(words_of(stdin().as_fd()), Duration::from_micros(spin_us.parse().unwrap())),
+        ["futex-peer", spin_us, bytes] => {
+            let mut side =
+                Side::new(stdin().as_fd(), Duration::from_micros(spin_us.parse().unwrap()), bytes.parse().unwrap());
+            side.answer();
+        }
         ["shm", bytes, seconds] => shm(bytes.parse().unwrap(), span(seconds)),
         _ => panic!("usage: see the head of floors.rs"),
     }
@@ -160,15 +165,57 @@ fn ready(streams: &[TcpStream], open: &[bool], flags: PollFlags) {
 /// What the peer ends at.
 const END: u32 = u32::MAX;
 
-/// Two words of shared memory, a cache line apart.
-fn words_of(fd: BorrowedFd<'_>) -> [&'static AtomicU32; 2] {
-    let protection = ProtFlags::READ | ProtFlags::WRITE;
-    // SAFETY: a new mapping at an address of the kernel's choice; it is never unmapped, aligned to a page, of 4096 bytes
-    // (the memfd's size), and touched as atomics only.
-    let words =
-        unsafe { mmap(ptr::null_mut(), 4096, protection, MapFlags::SHARED, fd, 0).unwrap() }.cast::<AtomicU32>();
-    // SAFETY: as above; word 64 is at byte 256.
-    unsafe { [&*words, &*words.add(64)] }
+/// What lies before the messages.
+const WORDS: usize = 4096;
+
+/// One process's side of a ping-pong.
+struct Side {
+    /// Two words of shared memory, a cache line apart.
+    words: [&'static AtomicU32; 2],
+    /// A message each way, behind the words.
+    messages: [*mut u8; 2],
+    /// What is copied into one and out of the other.
+    own: Vec<u8>,
+    spin: Duration,
+}
+
+impl Side {
+    fn new(fd: BorrowedFd<'_>, spin: Duration, bytes: usize) -> Self {
+        let (protection, length) = (ProtFlags::READ | ProtFlags::WRITE, WORDS + 2 * bytes);
+        // SAFETY: a new mapping at an address of the kernel's choice; it is never unmapped, aligned to a page, as long as the memfd, and
+        // what is not a message is touched as atomics only.
+        let start = unsafe { mmap(ptr::null_mut(), length, protection, MapFlags::SHARED, fd, 0).unwrap() }.cast::<u8>();
+        let word = start.cast::<AtomicU32>();
+        // SAFETY: as above; word 64 is at byte 256, and the messages end where the mapping does.
+        unsafe {
+            let messages = [start.add(WORDS), start.add(WORDS + bytes)];
+            Self { words: [&*word, &*word.add(64)], messages, own: vec![1; bytes], spin }
+        }
+    }
+
+    /// Says `value` with a message.
+    fn say(&mut self, way: usize, value: u32) {
+        // SAFETY: the message is this side's until the word says otherwise, and as long as `own`.
+        unsafe { ptr::copy_nonoverlapping(self.own.as_ptr(), self.messages[way], self.own.len()) };
+        signal(self.words[way], value);
+    }
+
+    /// Waits for another value than `from`, and takes its message.
+    fn hear(&mut self, way: usize, from: u32) -> u32 {
+        let value = await_change(self.words[way], from, self.spin);
+        // SAFETY: as in `say`; the word's acquire load came after its release store.
+        unsafe { ptr::copy_nonoverlapping(self.messages[way], self.own.as_mut_ptr(), self.own.len()) };
+        black_box(&mut self.own);
+        value
+    }
+
+    fn answer(&mut self) {
+        let mut last = 0;
+        while last != END {
+            last = self.hear(0, last);
+            self.say(1, last);
+        }
+    }
 }
 
 fn signal(word: &AtomicU32, value: u32) {
@@ -192,47 +239,42 @@ fn await_change(word: &AtomicU32, from: u32, spin: Duration) -> u32 {
     }
 }
 
-fn answer([ping, pong]: [&AtomicU32; 2], spin: Duration) {
-    let mut last = 0;
-    while last != END {
-        last = await_change(ping, last, spin);
-        signal(pong, last);
-    }
-}
-
-fn ping_pong(time: Duration, spin: Duration) -> (f64, f64) {
+fn ping_pong(time: Duration, spin: Duration, bytes: usize) -> (f64, f64) {
     let fd = memfd_create("floors", MemfdFlags::CLOEXEC).unwrap();
-    ftruncate(&fd, 4096).unwrap();
-    let [ping, pong] = words_of(fd.as_fd());
+    ftruncate(&fd, (WORDS + 2 * bytes) as u64).unwrap();
+    let mut side = Side::new(fd.as_fd(), spin, bytes);
     let mut peer = Command::new(std::env::current_exe().unwrap())
-        .args(["futex-peer", &spin.as_micros().to_string()])
+        .args(["futex-peer", &spin.as_micros().to_string(), &bytes.to_string()])
         .stdin(Stdio::from(fd))
         .spawn()
         .unwrap();
     let mut round = 0;
     let measured = measure(time, || {
-        signal(ping, round + 1);
-        round = await_change(pong, round, spin);
+        side.say(0, round + 1);
+        round = side.hear(1, round);
     });
-    signal(ping, END);
+    side.say(0, END);
     peer.wait().unwrap();
     measured
 }
 
 fn shm(bytes: usize, time: Duration) {
-    let (futex, futex99) = ping_pong(time / 3, Duration::ZERO);
-    let (spin, spin99) = ping_pong(time / 3, Duration::from_micros(50));
+    let (futex, futex99) = ping_pong(time / 4, Duration::ZERO, 0);
+    let (spin, spin99) = ping_pong(time / 4, Duration::from_micros(50), 0);
+    let (handed, handed99) = ping_pong(time / 4, Duration::ZERO, bytes);
     let from = vec![1u8; bytes];
     let mut to = vec![2u8; bytes];
-    let (copy, copy99) = measure(time / 3, || {
+    let (copy, copy99) = measure(time / 4, || {
         to.copy_from_slice(black_box(&from));
         black_box(&mut to);
     });
     println!(
-        "{{\"futex_us\":{:.3},\"futex_p99_us\":{:.3},\"spin_us\":{:.3},\"spin_p99_us\":{:.3},\"memcpy_us\":{copy:.3},\"memcpy_p99_us\":{copy99:.3}}}",
+        "{{\"futex_us\":{:.3},\"futex_p99_us\":{:.3},\"spin_us\":{:.3},\"spin_p99_us\":{:.3},\"memcpy_us\":{copy:.3},\"memcpy_p99_us\":{copy99:.3},\"handed_us\":{:.3},\"handed_p99_us\":{:.3}}}",
         futex / 2.0,
         futex99 / 2.0,
         spin / 2.0,
-        spin99 / 2.0
+        spin99 / 2.0,
+        handed / 2.0,
+        handed99 / 2.0
     );
 }
