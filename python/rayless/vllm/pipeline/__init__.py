@@ -107,6 +107,7 @@ def install(group: Any, runner: Any, hop: Hop, tokens: Tokens | None) -> Pipelin
     hop.install()
     if tokens is not None:
         tokens.install(group, runner)
+        hop.confirm = tokens.confirm
     return Pipeline(hop, tokens)
 
 
