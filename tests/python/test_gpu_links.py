@@ -53,6 +53,16 @@ for transport in ("shm", "tcp"):
             time.sleep(0.001)
         assert sent.is_completed() and ctypes.string_at(target, size) == data[:size]
         ctypes.memset(target, 0, SIZE)
+    # Asked for before its header is there: only where it is known to come through slots.
+    early = receiver.recv_cuda_ahead([(target, 256)], 0, 0, None)
+    assert (early is not None) == (transport == "shm")
+    if early is not None:
+        assert not early.is_completed()
+        sender.isend_cuda([("x", "uint8", (256,), source, 256)], None, 4, 0, 0, None)
+        receiver.confirm_cuda(4, 60)
+        while not early.is_completed():
+            time.sleep(0.001)
+        assert ctypes.string_at(target, 256) == data[:256]
     for end in (sender, receiver):
         gpu = end.report()["gpu"]
         assert gpu["path"] == ("slots" if transport == "shm" else "staged"), gpu
