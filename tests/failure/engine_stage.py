@@ -138,9 +138,12 @@ class Health:
 class EngineStage(Ground):
     """Host a has the head and `vllm serve`; stage 0 of the model is on a, stage 1 on b."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, damage: bool = True, start: float = START) -> None:
+        """Without `damage` the daemons' clocks and host b's disk are the machine's own: for a run whose daemons are measured. `start`: seconds that an
+        engine may take to load, and again to be ready."""
+        self._patience = start
         self._before = leftovers.shared_memory()
-        super().__init__(daemon_environment=clock_environment)
+        super().__init__(daemon_environment=clock_environment if damage else None, small_disk=damage)
         self.model = tiny_models.ensure("llama")
         self.marks = self.cluster.base / "marks"
         self.marks.mkdir()
@@ -177,14 +180,14 @@ class EngineStage(Ground):
                 raise Hang(f"vllm serve ended with {server.process.returncode}:\n{server.tail()}")
             return all((self.marks / f"load.{rank}").exists() for rank in (0, 1))
 
-        self.until(loading, "both ranks are about to load", START)
+        self.until(loading, "both ranks are about to load", self._patience)
         self._remember()
 
     def let_load(self) -> float:
         """Lets the ranks load; seconds until the engine is ready."""
         assert self.server
         (self.marks / "go").touch()
-        self.server.wait_ready(START)
+        self.server.wait_ready(self._patience)
         self.ready_in.append(time.monotonic() - self.begun)
         return self.ready_in[-1]
 

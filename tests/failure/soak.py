@@ -3,19 +3,22 @@
     python tests/failure/soak.py                    one hour, into docs/soak.json and docs/soak.md
     MINUTES=5 python tests/failure/soak.py --out DIR
 
-Each turn an engine in two stages answers four clients, then something is killed: a rank, a keeper, EngineCore, the API server, or the other host's daemon. What
-the kill ends is started again. A request is answered, or fails with the client's own words for it; one that does neither is a problem, and so is one that fails
-where nothing of its engine was killed. Meanwhile memory, descriptors and threads of every rayless process are looked at; the head, which nobody kills, lives
-through it all and must be as large at the end as after its first turns.
+Two parts. In the first fifth one engine lives on while the head and the other host's node daemon are killed in turns, and started again: not one of its requests
+may fail. In the rest each kill ends the engine (a rank, a keeper, EngineCore, the API server, the wire between the hosts), which is then started again, while
+head and node daemon live through it all. Four clients ask all the time. A request is answered, or fails with the client's own words for it; one that does
+neither is a problem, and so is one that fails where nothing of its engine was killed. Every few seconds that an engine is under load memory, descriptors and
+threads of every process are looked at: what lives through a part must be as large in its last third as in its first, and the last of the short-lived ones as large as the first of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import json
 import os
-import statistics
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -23,68 +26,79 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
+import soak_page
 from engine_stage import EngineStage
+from ground_faults import clear, to_daemon, wire
+from soak_page import Size
 from stage import HANG, Hang
 
 from serving import Server
 
 CLIENTS = 4
-KILL = 9
-#: Killed in turn; all but the last end the engine.
-VICTIMS = ("worker@b", "keeper@b", "EngineCore", "worker@a", "keeper@a", "api server", "daemon@b")
+KILL = signal.SIGKILL
+#: The engine outlives it.
+LIVES = ("head", "daemon@b")
+#: It ends the engine.
+ENDS = ("worker@b", "keeper@b", "EngineCore", "wire", "worker@a", "keeper@a", "api server")
+#: Seconds between two kills; where an engine takes long to start, it is under load at least that long.
+EVERY, LEAST_LOAD = 60.0, 15.0
+#: Seconds that an engine may take to start, twice: other runs may have the machine busy.
+START = 900.0
+#: Part of the time in which the engine lives on.
+FIRST = 0.2
+#: Seconds for which a killed daemon stays away: longer than the head takes to notice.
+AWAY = 4.0
 #: Seconds between two looks at the processes.
-PERIOD = 5.0
-#: What a process may gain from its first looks to its last.
-MEMORY_KB, FDS, THREADS = 2048, 2, 1
+PERIOD = 3.0
+#: What vLLM's front end, EngineCore or the client library say of a lost engine. A time-out is none.
+CLEAR = ("InternalServerError: Error code: 500", "APIConnectionError: Connection error", "APIError: ")
 
 
 @dataclass
 class Turn:
-    """One minute."""
+    """From one kill to the next."""
 
     number: int
     victim: str
     #: Seconds from the start of the engine until it was ready; 0 where it still ran.
     ready_s: float = 0.0
+    #: Seconds under load before the kill, and since the kill before; 0 for the first.
+    load_s: float = 0.0
+    since_last_s: float = 0.0
     answered: int = 0
+    slowest_ms: float = 0.0
     #: The clients' words for what failed, and how often.
     failed: dict[str, int] = field(default_factory=dict)
     #: Made, and neither answered nor failed in time.
     lost: int = 0
-    #: From the kill until the last client knew, in milliseconds; 0 where nobody had to.
+    #: From the kill until the last request that was under way had failed, in milliseconds; 0 where none had to.
     told_ms: float = 0.0
-    #: From the kill until the last process of the engine was gone.
+    #: From the kill until the last process of the engine was gone; where it lives on, from the daemon's start until the cluster was whole.
     gone_ms: float = 0.0
     problems: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Size:
-    """One look at a process."""
-
-    memory_kb: int
-    fds: int
-    threads: int
 
 
 class Client(threading.Thread):
     """Asks one question after the other and keeps account of each."""
 
-    def __init__(self, server: Server, tokens: int) -> None:
+    def __init__(self, server: Server, tokens: int, think: float) -> None:
         super().__init__(daemon=True)
         self._server = server
         self._tokens = tokens
+        self._think = think
         self._over = threading.Event()
         self.made = self.answered = 0
+        self.slowest = 0.0
         self.failed: Counter[str] = Counter()
-        self.failed_at = 0.0
+        #: When the last request began, and when it failed.
+        self.began = self.failed_at = 0.0
         self.start()
 
     def run(self) -> None:
         with self._server.client() as client:
             while not self._over.is_set():
+                self.began = time.monotonic()
                 self.made += 1
                 try:
                     done = client.completions.create(
@@ -97,9 +111,11 @@ class Client(threading.Thread):
                         raise RuntimeError(f"an answer of {done.usage.completion_tokens} tokens")
                 except Exception as error:  # every way in which a request can end has to be counted
                     self.failed_at = time.monotonic()
-                    self.failed[f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"] += 1
+                    self.failed[f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"] += 1
                     return
+                self.slowest = max(self.slowest, time.monotonic() - self.began)
                 self.answered += 1
+                self._over.wait(self._think)
 
     def end(self) -> None:
         """After the request that is under way."""
@@ -113,16 +129,21 @@ class Sampler(threading.Thread):
         super().__init__(daemon=True)
         self._stage = stage
         self._over = threading.Event()
-        #: By name and pid, each with the seconds since the start.
-        self.seen: dict[str, list[tuple[float, Size]]] = {}
-        self._begin = time.monotonic()
+        #: Whether an engine is under load: what is compared has to be in the same state.
+        self.loaded = False
+        #: By name and pid, in order of their first look; each look with its time on the monotonic clock.
+        self.seen: dict[tuple[str, int], list[tuple[float, Size]]] = {}
         self.start()
 
     def run(self) -> None:
         while not self._over.wait(PERIOD):
-            for name, pid in self._processes():
-                with contextlib.suppress(OSError, ValueError, IndexError):
-                    self.seen.setdefault(f"{name} {pid}", []).append((time.monotonic() - self._begin, size(pid)))
+            looks = []
+            for name, pid in self._processes() if self.loaded else ():
+                with contextlib.suppress(OSError, ValueError, KeyError):
+                    looks.append(((name, pid), (time.monotonic(), size(pid))))
+            if self.loaded:  # still
+                for process, look in looks:
+                    self.seen.setdefault(process, []).append(look)
 
     def _processes(self) -> Iterator[tuple[str, int]]:
         for index, name in enumerate("ab"):
@@ -141,123 +162,124 @@ class Sampler(threading.Thread):
 
 
 def size(pid: int) -> Size:
-    """Of a process, now. Raises `OSError` where it is gone."""
-    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    memory = next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:"))
-    return Size(memory, len(os.listdir(f"/proc/{pid}/fd")), len(os.listdir(f"/proc/{pid}/task")))
+    """Of a process, now. Raises `OSError` or `KeyError` where it is gone."""
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    own, all_of_it = (int(status[name].split()[0]) for name in ("RssAnon", "VmRSS"))
+    return Size(own, all_of_it, len(os.listdir(f"/proc/{pid}/fd")), int(status["Threads"]))
 
 
-def play(stage: EngineStage, turn: Turn, until: float) -> None:
-    """One turn, which kills at `until` on the monotonic clock. Raises `Hang`."""
-    fresh = stage.server is None
-    server = stage.engine()
-    turn.ready_s = stage.ready_in[-1] if fresh else 0.0
-    clients = [Client(server, 4 + 20 * index) for index in range(CLIENTS)]
-    time.sleep(max(5.0, until - time.monotonic()))
-    early = [words for client in clients for words in client.failed]
-    turn.problems += [f"failed before anything was killed: {words}" for words in early]
-    if turn.victim == "daemon@b":
-        with contextlib.closing(stage.daemon("b")) as daemon:
-            daemon.signal(KILL)
-            daemon.gone(5)
-        time.sleep(3)
-        stage.restart_daemon("b")
+class Soak:
+    """The run: an engine and those who ask it, killed again and again."""
+
+    def __init__(self, stage: EngineStage, sampler: Sampler, think: float) -> None:
+        self.stage = stage
+        self._sampler = sampler
+        self._think = think
+        self.turns: list[Turn] = []
+        self._last_kill = 0.0
+
+    def play(self, victim: str) -> Turn:
+        """One turn; whatever goes wrong is in its problems."""
+        turn = Turn(len(self.turns) + 1, victim)
+        self.turns.append(turn)
+        try:
+            self._play(turn)
+        except (Hang, RuntimeError, TimeoutError, OSError, StopIteration) as error:
+            self._sampler.loaded = False
+            turn.problems.append(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+            clear(self.stage)
+            self.stage.end_engine()
+        return turn
+
+    def _play(self, turn: Turn) -> None:
+        starts = len(self.stage.ready_in) if self.turns[1:] else 0
+        server = self.stage.engine()
+        turn.ready_s = self.stage.ready_in[-1] if len(self.stage.ready_in) > starts else 0.0
+        begin = time.monotonic()
+        clients = [Client(server, 4 + 20 * index, self._think) for index in range(CLIENTS)]
+        until = max(begin + LEAST_LOAD, self._last_kill + EVERY if self._last_kill else begin + EVERY)
+        self._sampler.loaded = True
+        time.sleep(until - begin)
+        early = [words for client in clients for words in client.failed]
+        turn.problems += [f"failed before anything was killed: {words}" for words in early]
+        turn.load_s = time.monotonic() - begin
+        self._sampler.loaded = False
+        if turn.victim in LIVES:
+            self._lives(turn, clients)
+        else:
+            self._ends(turn, clients)
+
+    def _killed(self, turn: Turn, at: float) -> None:
+        if self._last_kill:
+            turn.since_last_s = at - self._last_kill
+        self._last_kill = at
+
+    def _lives(self, turn: Turn, clients: list[Client]) -> None:
+        """The engine goes on without its daemon, and after its return."""
+        stage = self.stage
+        host = "a" if turn.victim == "head" else "b"
+        self._killed(turn, to_daemon(host, KILL)(stage))
+        time.sleep(AWAY)
+        back = time.monotonic()
+        stage.restart_daemon(host)
         stage.wait_alive(0)
+        stage.until(lambda: stage.group_now()["state"] == "running", "the group is running again in the head's books")
+        turn.gone_ms = 1000 * (time.monotonic() - back)
+        answered = [client.answered for client in clients]
+        # Two: the first of them may have begun before.
+        stage.until(
+            lambda: all(c.failed or c.answered >= n + 2 for c, n in zip(clients, answered, strict=True)),
+            "every client is answered again",
+        )
         for client in clients:
             client.end()
-        _account(turn, clients, time.monotonic())
+        self._account(turn, clients, time.monotonic())
         turn.problems += [f"the engine does not need that daemon, but: {words}" for words in turn.failed]
-        return
-    at = stage.process(turn.victim).signal(KILL)
-    _account(turn, clients, at)
-    turn.told_ms = 1000 * max(client.failed_at - at for client in clients)
-    gone, left = stage.gone(at)
-    turn.problems += [f"still there after {HANG:.0f} s: {what}" for what in left]
-    turn.gone_ms = 1000 * (gone or 0.0)
-    stage.end_engine()
-    stage.wait_alive(0)
-    deadline = time.monotonic() + HANG
-    while (leftovers := stage.leftovers()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    turn.problems += [f"left behind: {what}" for what in leftovers]
+
+    def _ends(self, turn: Turn, clients: list[Client]) -> None:
+        """The engine ends; all that it had goes."""
+        stage = self.stage
+        at = wire(cut=True)(stage) if turn.victim == "wire" else stage.process(turn.victim).signal(KILL)
+        self._killed(turn, at)
+        self._account(turn, clients, at)
+        turn.told_ms = max([1000 * (client.failed_at - at) for client in clients if client.began <= at], default=0.0)
+        turn.problems += [f"not a clear error: {words}" for words in turn.failed if not words.startswith(CLEAR)]
+        gone, left = stage.gone(at)
+        turn.problems += [f"still there after {HANG:.0f} s: {what}" for what in left]
+        turn.gone_ms = 1000 * (gone or 0.0)
+        clear(stage)
+        stage.end_engine()
+        stage.wait_alive(0)
+        leftovers: list[str] = []
+
+        def clean() -> bool:
+            leftovers[:] = stage.leftovers()
+            return not leftovers
+
+        with contextlib.suppress(Hang):
+            stage.until(clean, "nothing is left")
+        turn.problems += [f"left behind: {what}" for what in leftovers]
+
+    def _account(self, turn: Turn, clients: list[Client], since: float) -> None:
+        for client in clients:
+            client.join(max(0.0, since + HANG - time.monotonic()))
+            turn.answered += client.answered
+            turn.slowest_ms = max(turn.slowest_ms, 1000 * client.slowest)
+            turn.lost += client.made - client.answered - client.failed.total()
+            for words, count in client.failed.items():
+                turn.failed[words] = turn.failed.get(words, 0) + count
+        if turn.lost:
+            turn.problems.append(f"{turn.lost} requests were neither answered nor refused")
 
 
-def _account(turn: Turn, clients: list[Client], since: float) -> None:
-    for client in clients:
-        client.join(max(0.0, since + HANG - time.monotonic()))
-        turn.answered += client.answered
-        turn.lost += client.made - client.answered - client.failed.total()
-        for words, count in client.failed.items():
-            turn.failed[words] = turn.failed.get(words, 0) + count
-    if turn.lost:
-        turn.problems.append(f"{turn.lost} requests were neither answered nor refused")
-
-
-def growth(seen: dict[str, list[tuple[float, Size]]], least: float) -> tuple[list[dict[str, Any]], list[str]]:
-    """Of every process that was seen for `least` seconds: medians of its first and last looks; and which of them grew."""
-    rows, problems = [], []
-    for name, looks in sorted(seen.items()):
-        if len(looks) < 12 or looks[-1][0] - looks[0][0] < least:
-            continue
-        # The first looks of a life are its growing up.
-        settled = [one for _, one in looks[3:]]
-        third = max(1, len(settled) // 3)
-        row: dict[str, Any] = {"process": name, "seconds": round(looks[-1][0] - looks[0][0]), "looks": len(looks)}
-        for what, may in (("memory_kb", MEMORY_KB), ("fds", FDS), ("threads", THREADS)):
-            first, last = (
-                statistics.median(getattr(one, what) for one in part) for part in (settled[:third], settled[-third:])
-            )
-            row[what] = [first, last, max(getattr(one, what) for one in settled)]
-            if last - first > may and not name.startswith(("worker", "EngineCore")):
-                problems.append(f"{name}: {what} went from {first:g} to {last:g}")
-        rows.append(row)
-    return rows, problems
-
-
-def page(record: dict[str, Any]) -> str:
-    """For people."""
-    turns = record["turns"]
-    answered, failed = sum(t["answered"] for t in turns), sum(sum(t["failed"].values()) for t in turns)
-    lost = sum(t["lost"] for t in turns)
-    lines = [
-        "# Soak",
-        "",
-        f"Made by `tests/run soak` ({record['date']}, {record['minutes']:g} minutes); do not edit. {__doc__.split(chr(10) * 2)[2].strip()}",
-        "",
-        record["note"],
-        "",
-        f"**{answered + failed + lost} requests: {answered} answered, {failed} failed with an error, {lost} lost.** {len(turns)} kills.",
-        "",
-        "| killed | turns | requests answered | failed | told, p50 / max | engine gone, p50 / max |",
-        "|---|---|---|---|---|---|",
-    ]
-    for victim in VICTIMS:
-        of = [turn for turn in turns if turn["victim"] == victim]
-        if not of:
-            continue
-        told, gone = sorted(t["told_ms"] for t in of), sorted(t["gone_ms"] for t in of)
-        times = " | ".join(f"{one[len(one) // 2]:.0f} / {one[-1]:.0f} ms" if one[-1] else "-" for one in (told, gone))
-        counts = f"{sum(t['answered'] for t in of)} | {sum(sum(t['failed'].values()) for t in of)}"
-        lines.append(f"| {victim} | {len(of)} | {counts} | {times} |")
-    words = Counter[str]()
-    for turn in turns:
-        words.update(turn["failed"])
-    lines += [
-        "",
-        "What the clients were told:",
-        "",
-        *(f"- {count} times `{text}`" for text, count in words.most_common()),
-    ]
-    lines += [
-        "",
-        "| process (pid) | seen for | memory, first / last / most, KB | descriptors | threads |",
-        "|---|---|---|---|---|",
-    ]
-    for row in record["processes"]:
-        cells = " | ".join(" / ".join(f"{n:g}" for n in row[what]) for what in ("memory_kb", "fds", "threads"))
-        lines.append(f"| {row['process']} | {row['seconds']} s | {cells} |")
-    lines += ["", "## Problems", "", *([f"- {one}" for one in record["problems"]] or ["None."]), ""]
-    return "\n".join(lines)
+def own_shared_memory() -> None:
+    """Gives this process and its children a /dev/shm of their own: what is left there is then ours, whatever else runs on the machine."""
+    clone_newns = 0x00020000
+    if ctypes.CDLL(None, use_errno=True).unshare(clone_newns) != 0:
+        raise OSError(ctypes.get_errno(), "cannot have a mount namespace of our own")
+    # What others mount (network namespaces) still comes in, what we mount does not go out.
+    subprocess.run(["mount", "--make-rslave", "/"], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=1777", "rayless-test", "/dev/shm"], check=True)
 
 
 def main() -> int:
@@ -266,41 +288,63 @@ def main() -> int:
     options.add_argument("--minutes", type=float, default=float(os.environ.get("MINUTES", "60")))
     options.add_argument("--out", type=Path, default=Path("docs"), help="folder of soak.json and soak.md")
     options.add_argument("--note", default="", help="a sentence on the page: the machine, what else ran on it")
-    options.add_argument("--logs", type=Path, default=Path("target", "failure-logs", "soak"))
+    options.add_argument(
+        "--think",
+        type=float,
+        default=0.2,
+        help="seconds of a client between two requests; more leaves more of the machine to others",
+    )
+    options.add_argument(
+        "--logs",
+        type=Path,
+        default=Path("target", "failure-logs", "soak"),
+        help="where the logs of a turn with a problem go",
+    )
     given = options.parse_args()
-    end = time.monotonic() + 60 * given.minutes
-    stage = EngineStage()
+    own_shared_memory()
+    stage = EngineStage(damage=False, start=START)
     sampler = Sampler(stage)
-    turns: list[Turn] = []
+    soak = Soak(stage, sampler, given.think)
     problems: list[str] = []
+    begin = changed = time.monotonic()
     try:
+        stage.engine()
+        # The time is that of an engine that is there.
+        begin = changed = time.monotonic()
+        change, end = begin + 60 * given.minutes * FIRST, begin + 60 * given.minutes
         while time.monotonic() < end:
-            turn = Turn(len(turns) + 1, VICTIMS[len(turns) % len(VICTIMS)])
-            turns.append(turn)
-            try:
-                play(stage, turn, time.monotonic() + 60)
-            except (Hang, RuntimeError, TimeoutError, OSError) as error:
-                turn.problems.append(f"{type(error).__name__}: {str(error).splitlines()[0]}")
-                stage.end_engine()
+            if time.monotonic() < change:
+                victim = LIVES[len(soak.turns) % len(LIVES)]
+                changed = end
+            else:
+                changed = min(changed, time.monotonic())
+                victim = ENDS[sum(turn.victim in ENDS for turn in soak.turns) % len(ENDS)]
+            turn = soak.play(victim)
             problems += [f"turn {turn.number} ({turn.victim}): {what}" for what in turn.problems]
-            print(asdict(turn), flush=True)
+            print(json.dumps(asdict(turn)), flush=True)
             if turn.problems:
                 stage.keep_logs(given.logs / f"turn-{turn.number}")
     finally:
         sampler.end()
-        rows, grown = growth(sampler.seen, min(300.0, 20 * given.minutes))
-        problems += grown
+        rows, grown = soak_page.growth(sampler.seen, begin, min(changed, time.monotonic()), time.monotonic())
+        kinds, fatter = soak_page.generations(sampler.seen)
+        problems += grown + fatter
         record = {
             "date": time.strftime("%Y-%m-%d"),
-            "minutes": given.minutes,
+            "minutes": round((time.monotonic() - begin) / 60, 1),
             "note": given.note,
-            "turns": [asdict(turn) for turn in turns],
+            "clients": CLIENTS,
+            "think_s": given.think,
+            "turns": [asdict(turn) for turn in soak.turns],
             "processes": rows,
+            "kinds": kinds,
             "problems": problems,
         }
         given.out.mkdir(parents=True, exist_ok=True)
         (given.out / "soak.json").write_text(json.dumps(record, indent=1) + "\n")
-        (given.out / "soak.md").write_text(page(record))
+        (given.out / "soak.md").write_text(
+            soak_page.page(record, (*LIVES, *ENDS), (__doc__ or "").split("\n\n")[2].strip())
+        )
         stage.close()
     for one in problems:
         print(f"PROBLEM {one}", file=sys.stderr)
@@ -308,5 +352,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
     sys.exit(main())

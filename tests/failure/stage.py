@@ -133,7 +133,12 @@ class Ground:
     """Two hosts, a daemon on each, and what can be done to them. Host a has the head."""
 
     def __init__(
-        self, *, seed: int = 1, cpus: int = 2, daemon_environment: Callable[[Path], Mapping[str, str]] | None = None
+        self,
+        *,
+        seed: int = 1,
+        cpus: int = 2,
+        daemon_environment: Callable[[Path], Mapping[str, str]] | None = None,
+        small_disk: bool = True,
     ) -> None:
         self._exit = contextlib.ExitStack()
         self._busy: list[subprocess.Popen[bytes]] = []
@@ -142,7 +147,8 @@ class Ground:
             hosts = [self.a, self.b]
             cluster = Cluster(hosts, cpus=cpus, daemon_environment=daemon_environment)
             self.cluster = self._exit.enter_context(cluster)
-            self._small_disk()
+            if small_disk:
+                self._small_disk()
             self.cluster.head(0)
             self.cluster.join(1)
             self.cluster.wait_alive(2)

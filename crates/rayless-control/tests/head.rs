@@ -7,10 +7,12 @@ use rayless_control::{
 };
 use rayless_proto::{
     ids::{ClusterId, Incarnation, NodeId, Term},
-    limits::{MAX_ENDED_GROUPS, MAX_EVENTS, MAX_GONE_NODES, MAX_WAITING},
+    limits::{MAX_ENDED_GROUPS, MAX_EVENTS, MAX_GONE_NODES, MAX_REPORT_PART, MAX_WAITING},
     resources::{GPU, Quantity, Resources, Strategy},
     v1::{
-        control::{GpuInfo, GroupSpec, HeldGroup, NodeInfo, RefusalKind, ToHead, ToNode, WorkerState},
+        control::{
+            GpuInfo, GroupSpec, HeldGroup, NodeInfo, RefusalKind, ReportAsker, ReportPart, ToHead, ToNode, WorkerState,
+        },
         link::LinkSettings,
         rdma::RdmaInventory,
         status::NodeState,
@@ -427,6 +429,32 @@ fn a_thousand_nodes_and_two_hundred_groups() {
     println!("a status of {bytes} bytes");
     assert!(bytes < rayless_proto::limits::MAX_CONTROL_MESSAGE);
     assert_eq!(b.head.audit(), Ok(()));
+}
+
+#[test]
+fn a_report_passes_through_the_head_and_nothing_of_it_stays() {
+    let mut b = Bench::new();
+    for node in [1, 2] {
+        b.open(node.into(), node);
+        b.say(node.into(), join(info(node, 1)));
+    }
+    let by = ReportAsker { node: id(1), incarnation: Incarnation(1), request: 7 };
+    assert_eq!(b.say(1, ToHead::AskReport { request: 7, node: id(2) }), [ToNode::MakeReport(by)]);
+    let part = |length: usize| ReportPart { archive: vec![1; length], cause: String::new() };
+    let answer = b.say(2, ToHead::ReportMade { by, part: part(MAX_REPORT_PART) });
+    assert_eq!(answer, [ToNode::ReportPart { request: 7, part: part(MAX_REPORT_PART) }]);
+    // More than is allowed goes no further.
+    let answer = b.say(2, ToHead::ReportMade { by, part: part(MAX_REPORT_PART + 1) });
+    let cut = |said: &[ToNode]| matches!(said, [ToNode::ReportPart { part, .. }] if part.archive.is_empty() && part.cause.starts_with("n2 sent "));
+    assert!(cut(&answer), "{answer:?}");
+    // The life that asked is over: its next one never hears of it.
+    let old = ReportAsker { incarnation: Incarnation(0), ..by };
+    assert!(b.say(2, ToHead::ReportMade { by: old, part: part(1) }).is_empty());
+    // Who is not connected is not waited for.
+    let refused = |said: &[ToNode], cause: &str| matches!(said, [ToNode::RequestRefused { request: 8, refusal, .. }] if refusal.cause.contains(cause));
+    b.give(Input::SessionClosed { session: SessionId(2) });
+    assert!(refused(&b.say(1, ToHead::AskReport { request: 8, node: id(2) }), "node n2 is not connected"));
+    assert!(refused(&b.say(1, ToHead::AskReport { request: 8, node: id(9) }), "no node "));
 }
 
 #[test]

@@ -59,7 +59,7 @@ knobs! {
     CPUS { flag: "cpus", env: "RAYLESS_CPUS", value: "N", default: "", unit: "" }
     /// Another resource that this node offers; may be given several times
     RESOURCE { flag: "resource", env: "RAYLESS_RESOURCE", value: "NAME=N", default: "", unit: "" }
-    /// Directory of the sockets, keys and logs of this daemon [default: /run/rayless, or $XDG_RUNTIME_DIR/rayless]
+    /// Directory of the sockets, keys and logs of this daemon [default: /run/rayless; of users other than root $XDG_RUNTIME_DIR/rayless, else ~/.rayless]
     RUN_DIR { flag: "run-dir", env: "RAYLESS_RUN_DIR", value: "DIR", default: "", unit: "" }
     /// How long to wait for the head, nodes and resources; 0 refuses at once
     WAIT { flag: "wait", env: "RAYLESS_WAIT", value: "SECONDS", default: "600", unit: "s" }

@@ -12,7 +12,7 @@
 //! | `term` | where heads take turns: the cluster and the highest term that this node was a member under |
 //! | `head-state` | head only: a help for its restart, not needed for it |
 //! | `keepers/<group>.sock`, `.pid` | one per group with ranks on this host |
-//! | `logs/<group>/rank-<n>.log` | output of the workers |
+//! | `logs/<group>/rank-<n>.log` | output of the workers; of ended groups the last 64, 1 GiB together |
 //!
 //! The directory has mode 0700, files 0600.
 
@@ -249,6 +249,30 @@ impl RunDir {
         self.path.join("logs")
     }
 
+    /// Removes the logs of groups that are over (they have no keeper here), oldest first, until those of at most `count` groups with at most `bytes`
+    /// are left. Those of the last one stay, however long they are. What cannot be removed stays, too.
+    pub fn remove_old_logs(&self, count: usize, bytes: u64) {
+        let live = self.groups_with_keeper();
+        let mut over: Vec<(SystemTime, PathBuf)> = fs::read_dir(self.logs())
+            .into_iter()
+            .flatten()
+            .filter_map(|entry| {
+                let entry = entry.ok()?;
+                let group: GroupId = entry.file_name().to_str()?.parse().ok()?;
+                (!live.contains(&group)).then_some((entry.metadata().ok()?.modified().ok()?, entry.path()))
+            })
+            .collect();
+        over.sort_unstable_by(|one, other| other.cmp(one));
+        let mut sum = 0;
+        for (at, (_, path)) in over.into_iter().enumerate() {
+            let files = fs::read_dir(&path).into_iter().flatten().flatten();
+            sum += files.filter_map(|file| file.metadata().ok()).map(|meta| meta.len()).sum::<u64>();
+            if at > 0 && (at >= count || sum > bytes) {
+                let _ = fs::remove_dir_all(&path);
+            }
+        }
+    }
+
     /// Groups that have a keeper's socket here, alive or not.
     pub fn groups_with_keeper(&self) -> Vec<GroupId> {
         let Ok(entries) = fs::read_dir(self.keepers()) else { return Vec::new() };
@@ -304,6 +328,29 @@ mod tests {
         let run = RunDir::resolve(Some(dir.path().join("run")));
         run.create().unwrap();
         (dir, run)
+    }
+
+    #[test]
+    fn old_logs_go_and_those_of_living_groups_stay() {
+        let (_dir, run) = fresh();
+        let logs = |group: u8| run.logs().join(GroupId([group; 8]).to_string());
+        let time = |group: u8| UNIX_EPOCH + std::time::Duration::from_secs(group.into());
+        for group in 1..=6 {
+            fs::create_dir(logs(group)).unwrap();
+            fs::write(logs(group).join("rank-0.log"), vec![b'x'; 100]).unwrap();
+            fs::File::open(logs(group)).unwrap().set_modified(time(group)).unwrap();
+        }
+        fs::create_dir(run.logs().join("not-a-group")).unwrap();
+        fs::write(run.keeper_socket(GroupId([1; 8])), "").unwrap();
+        let left = || (1..=6).filter(|group| logs(*group).exists()).collect::<Vec<u8>>();
+        run.remove_old_logs(4, 1000);
+        assert_eq!(left(), [1, 3, 4, 5, 6]);
+        run.remove_old_logs(4, 250);
+        assert_eq!(left(), [1, 5, 6]);
+        // Of one that is larger than all may be the logs stay, if it is the last.
+        run.remove_old_logs(4, 10);
+        assert_eq!(left(), [1, 6]);
+        assert!(run.logs().join("not-a-group").exists());
     }
 
     #[test]

@@ -38,6 +38,8 @@ pub const MAX_HALF_OPEN: usize = 128;
 pub const MAX_WAITING: usize = 1024;
 /// Ended groups that `status` keeps; of older ones only the id is remembered.
 pub const MAX_ENDED_GROUPS: usize = 64;
+/// Bytes of the logs of ended groups that a node keeps, those of the last one not counted: a run dir is in memory where it is in `/run`.
+pub const MAX_ENDED_LOGS: u64 = 1 << 30;
 /// Dead and left nodes that `status` keeps.
 pub const MAX_GONE_NODES: usize = 256;
 /// Ids of ended groups and placement groups that a head remembers, so that a node that returns late is told to end them.
@@ -52,6 +54,10 @@ pub const MAX_CAUSE: usize = 1024;
 pub const MAX_DOING: usize = 64;
 /// Bytes of one rank's stacks.
 pub const MAX_STACK: usize = 64 << 10;
+/// Bytes of a node's part of a report, as it travels through the head: eight of them are half of what may wait for one node.
+pub const MAX_REPORT_PART: usize = 512 << 10;
+/// Parts of a report that one node has asked for and not yet got, and those that one node makes at once; one more is refused.
+pub const MAX_REPORTS: usize = 8;
 /// Events that `status` keeps; older ones are in the log.
 pub const MAX_EVENTS: usize = 256;
 
@@ -81,6 +87,8 @@ pub const STOP_REPEAT_PERIOD: Duration = Duration::from_secs(5);
 pub const STUCK_AFTER: Duration = Duration::from_secs(10);
 /// A step that takes longer ends its group; `--step-deadline`. Prefill of the longest prompts takes a minute; Ray's and vLLM's own limit is the same.
 pub const STEP_DEADLINE: Duration = Duration::from_secs(300);
+/// A node makes its part of a report within this, else says that it could not.
+pub const REPORT_TIMEOUT: Duration = Duration::from_secs(12);
 /// A failed group's processes are reaped within this.
 pub const REAP_TIMEOUT: Duration = Duration::from_secs(5);
 /// A GPU whose memory is not back within this is `draining`.

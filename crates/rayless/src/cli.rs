@@ -40,7 +40,7 @@ pub(crate) enum Action {
     Stop(StopWhat),
     Token(TokenAction),
     Logs(LogOptions),
-    Report { output: Option<PathBuf> },
+    Report { output: Option<PathBuf>, scope: ReportScope },
     BenchLink(Box<crate::bench::LinkOptions>),
     Keeper,
 }
@@ -89,6 +89,17 @@ pub(crate) enum TokenAction {
     FinishRotation,
 }
 
+/// What a report is of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum ReportScope {
+    /// The cluster.
+    Cluster,
+    /// This host.
+    Local,
+    /// This host, for the daemon that asks for it by another node's wish: to stdout.
+    Part,
+}
+
 /// What `logs` shows.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct LogOptions {
@@ -130,7 +141,14 @@ pub(crate) fn parse() -> Result<Asked, Failure> {
             Some(("rotate", found)) => TokenAction::Rotate { overlap: found.get_one::<Duration>("overlap").copied() },
             _ => TokenAction::New,
         }),
-        Some(("report", found)) => Action::Report { output: found.get_one::<PathBuf>("output").cloned() },
+        Some(("report", found)) => Action::Report {
+            output: found.get_one::<PathBuf>("output").cloned(),
+            scope: match (found.get_flag("part"), found.get_flag("local")) {
+                (true, _) => ReportScope::Part,
+                (false, true) => ReportScope::Local,
+                (false, false) => ReportScope::Cluster,
+            },
+        },
         Some(("logs", found)) => Action::Logs(LogOptions {
             group: text(found, "group"),
             rank: found.get_one::<Rank>("rank").copied(),
@@ -303,7 +321,7 @@ fn command() -> Command {
         )
         .subcommand(
             Command::new("report")
-                .about("Pack status, events, logs, versions, links, stacks and what this host is like into one file to send to someone")
+                .about("Pack status, events, and of every node logs, stacks, links and what its host is like into one file to send to someone")
                 .arg(
                     Arg::new("output")
                         .long("output")
@@ -311,7 +329,9 @@ fn command() -> Command {
                         .value_name("FILE")
                         .value_parser(value_parser!(PathBuf))
                         .help("Where to [default: rayless-report-HOST-TIME.tar.gz in this directory]"),
-                ),
+                )
+                .arg(switch("local", "Only this host's part; no other node is asked"))
+                .arg(switch("part", "Only this host's part, to stdout (started by the daemon)").hide(true)),
         )
         .subcommand(
             Command::new("logs")

@@ -32,7 +32,7 @@ fn run() -> Result<(), Failure> {
         Action::Status { json, environment } => status::status(&run, json, environment),
         Action::Stop(what) => status::stop(&run, &what),
         Action::Token(action) => token::run(&run, &action),
-        Action::Report { output } => report::run(&run, output),
+        Action::Report { output, scope } => report::run(&run, output, scope),
         Action::Logs(options) => logs::run(&run, &options),
         Action::BenchLink(options) => bench::link(&run, &options),
         Action::Keeper => rayless_worker::keeper::run().map_err(Failure::failed),

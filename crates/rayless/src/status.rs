@@ -6,9 +6,9 @@ use crate::{
 };
 use rayless_node::{run_dir::RunDir, status_text};
 use rayless_proto::{
-    ids::GroupId,
+    ids::{GroupId, NodeId},
     v1::{
-        control::RefusalKind,
+        control::{RefusalKind, ReportPart},
         local::{ClientReply, ClientRequest},
         status::{GroupState, StatusReport},
     },
@@ -90,6 +90,28 @@ fn report(client: &mut LocalClient, run: &RunDir) -> Result<StatusReport, Failur
 fn report_within(client: &mut LocalClient, run: &RunDir, limit: Duration) -> Result<StatusReport, Failure> {
     match ask(client, run, ClientRequest::Status, limit)?.map_err(failure)? {
         ClientReply::Status(report) => Ok(report),
+        _ => Err(Failure::failed("the daemon answered another question\nhint: is it of the same version?")),
+    }
+}
+
+/// Another node's part of a report; in one line why there is none.
+pub(crate) fn ask_report(run: &RunDir, node: NodeId, limit: Duration) -> Result<ReportPart, String> {
+    let first = |failure: Failure| failure.text.lines().next().unwrap_or_default().to_owned();
+    let mut client = connect(run).map_err(first)?;
+    let end = Instant::now() + limit;
+    let tick = Some(Duration::from_millis(100));
+    match client.request_while(ClientRequest::Report(node), tick, &mut |_| Instant::now() < end) {
+        Ok(Some(ClientReply::Report(part))) => Ok(part),
+        Ok(Some(_)) => Err("the daemon answered another question".to_owned()),
+        Ok(None) => Err(format!("no answer within {} s", limit.as_secs())),
+        Err(error) => Err(first(failure(error))),
+    }
+}
+
+/// This host's node, by its daemon.
+pub(crate) fn own_node(run: &RunDir) -> Result<NodeId, Failure> {
+    match ask(&mut connect(run)?, run, ClientRequest::Identify, REPORT_LIMIT)?.map_err(failure)? {
+        ClientReply::Identity(identity) => Ok(identity.node),
         _ => Err(Failure::failed("the daemon answered another question\nhint: is it of the same version?")),
     }
 }

@@ -24,8 +24,12 @@ fn worker_process() {
 
 /// Makes a report in `dir` and unpacks it: name without its folder to content, and what was said on stderr.
 fn report(host: &Host, dir: &Path, name: &str) -> (BTreeMap<String, String>, String) {
+    report_of(host, dir, name, &[])
+}
+
+fn report_of(host: &Host, dir: &Path, name: &str, more: &[&str]) -> (BTreeMap<String, String>, String) {
     let path = dir.join(name);
-    let shown = host.run(&["report", "--output", path.to_str().unwrap()]);
+    let shown = host.run(&[&["report", "--output", path.to_str().unwrap()], more].concat());
     assert_eq!((shown.code, shown.stdout.trim()), (0, path.to_str().unwrap()), "{}", shown.stderr);
     assert!(fs::metadata(&path).unwrap().len() < 32 << 20);
     let into = dir.join(format!("{name}.d"));
@@ -53,10 +57,10 @@ fn a_report_has_what_is_needed_and_no_secret() {
     let cluster = Cluster::new();
     let dir = tempfile::tempdir().unwrap();
     let [a, b] = [Host::new(&cluster), Host::new(&cluster)];
-    let (head, _node, _) = two_nodes(&a, &b, &[]);
+    let (head, node_b, _) = two_nodes(&a, &b, &[]);
     let token = fs::read_to_string(&a.token).unwrap().trim().to_owned();
     let group = spread(&a, 2);
-    // A program that prints the cluster's token and another's.
+    // Programs that print the cluster's token and another's.
     assert_eq!(answers(&group, &format!("say {token} HF_TOKEN=hf_abcdefghijklmnopqrstuvwxyz"))[0], "");
     let _running = group.call(&b"sleep"[..], &Asked::All, Some(PATIENCE)).unwrap();
     let id = group.id().to_string();
@@ -65,8 +69,17 @@ fn a_report_has_what_is_needed_and_no_secret() {
     let stacks = &files[&format!("stacks-{id}.txt")];
     assert!(stacks.contains("=== rank 0 (pid ") && stacks.contains("kernel: thread "), "{stacks}");
     assert!(!stacks.contains("=== rank 1"), "rank 1 is elsewhere");
-    assert!(said.contains(&format!("missing: stacks and logs of rank 1 of group {id} on node b")), "{said}");
-    assert!(files["README.txt"].contains("missing: stacks and logs of rank 1 of group"));
+    assert_eq!(said, "", "nothing is missing");
+    assert!(files["README.txt"].contains("nothing is missing"));
+    let b_node = a.status()["nodes"].as_array().unwrap().iter().find(|node| node["name"] == "b").unwrap().clone();
+    let of_b = format!("nodes/b-{}", &b_node["id"].as_str().unwrap()[..8]);
+    let stacks = &files[&format!("{of_b}/stacks-{id}.txt")];
+    assert!(stacks.contains("=== rank 1 (pid ") && stacks.contains("kernel: thread "), "{stacks}");
+    assert!(files[&format!("{of_b}/processes.txt")].contains("rank 1 of "));
+    assert!(files[&format!("{of_b}/host.txt")].contains("Linux version"));
+    let log = &files[&format!("{of_b}/logs/{id}/rank-1.log")];
+    assert!(log.contains("rl1_[removed]") && log.contains("hf_[removed]"), "{log}");
+    assert!(!files.contains_key(&format!("{of_b}/status.json")), "there is one state of the cluster");
     assert!(files["status.txt"].contains("alive") && files["status.json"].contains("\"events\""));
     assert!(files["processes.txt"].contains("daemon (pid ") && files["processes.txt"].contains("rank 0 of "));
     assert!(files["versions.txt"].contains("rayless (this command): "));
@@ -76,12 +89,29 @@ fn a_report_has_what_is_needed_and_no_secret() {
     assert!(files["logs/daemon.log"].contains("member of the cluster"), "{}", files["logs/daemon.log"]);
     let log = &files[&format!("logs/{id}/rank-0.log")];
     assert!(log.contains("rl1_[removed]") && log.contains("hf_[removed]"), "{log}");
-    let key = fs::read(a.run_dir().join("node.key")).unwrap();
+    let keys = [&a, &b].map(|host| fs::read(host.run_dir().join("node.key")).unwrap());
     for (name, content) in &files {
         assert!(!content.contains(&token), "the token is in {name}");
         assert!(!content.contains("abcdefghijklmnopqrstuvwxyz"), "a secret is in {name}");
-        assert!(!content.as_bytes().windows(key.len()).any(|part| part == key), "the key is in {name}");
+        for key in &keys {
+            assert!(!content.as_bytes().windows(key.len()).any(|part| part == key), "a key is in {name}");
+        }
     }
+    let (files, said) = report_of(&a, dir.path(), "local.tar.gz", &["--local"]);
+    assert_eq!(said, "");
+    assert!(files.contains_key("status.json") && files.keys().all(|name| !name.starts_with("nodes/")));
+
+    // The other node's daemon is stopped, and taken for dead: it is named.
+    node_b.signal(rustix::process::Signal::STOP);
+    a.await_nodes(&[("b", "dead")]);
+    let (files, said) = report(&a, dir.path(), "stopped.tar.gz");
+    assert!(
+        said.contains("missing: node b") && said.contains(": it is dead; `rayless report --local` there"),
+        "{said}"
+    );
+    assert!(files["README.txt"].contains("missing: node b"));
+    assert!(files.contains_key(&format!("stacks-{id}.txt")) && files.keys().all(|name| !name.starts_with("nodes/")));
+    node_b.signal(rustix::process::Signal::CONT);
 
     // The head is gone: what this host knows is still there.
     head.crash();

@@ -41,9 +41,9 @@ use crate::SessionId;
 use model::{Brought, Group, Node, PlacementGroup, Requester, Session, StopWait, Waiting};
 use rayless_proto::{
     ids::{ClusterId, GroupId, NodeId, PlacementGroupId, RequestId, Term},
-    limits::{MAX_EVENTS, MAX_TOMBSTONES},
+    limits::{MAX_EVENTS, MAX_REPORT_PART, MAX_TOMBSTONES},
     v1::{
-        control::{HeadTerm, Refusal, RefusalKind, ToHead, ToNode},
+        control::{HeadTerm, Refusal, RefusalKind, ReportAsker, ReportPart, ToHead, ToNode},
         status::{Event, HeadSeat},
     },
 };
@@ -230,7 +230,38 @@ impl Head {
             ToHead::GpuDraining { gpus } => self.on_gpu_draining(from, &gpus),
             ToHead::Update { info } => self.on_update(from, info, now),
             ToHead::TokensHeld { marks, problem } => self.on_tokens_held(from, marks, problem, now),
+            ToHead::AskReport { request, node } => {
+                let requester = requester(request);
+                self.on_ask_report(requester, node);
+            }
+            ToHead::ReportMade { by, part } => self.on_report_made(from, by, part),
         }
+    }
+
+    /// A client of one node wants what another one has to say. Nothing is kept of it: the answer brings along who asked, and who asked knows
+    /// how long to wait.
+    fn on_ask_report(&mut self, by: Requester, node: NodeId) {
+        let Some(asked) = self.nodes.get(&node) else {
+            self.refuse(by, RefusalKind::Invalid, format!("no node {} is known", node.short()), "");
+            return;
+        };
+        if asked.session.is_none() {
+            let cause = format!("node {} is not connected to the head", asked.info.name);
+            self.refuse(by, RefusalKind::Failed, cause, "");
+            return;
+        }
+        let by = ReportAsker { node: by.node, incarnation: by.incarnation, request: by.request };
+        self.send(node, ToNode::MakeReport(by));
+    }
+
+    fn on_report_made(&mut self, from: NodeId, by: ReportAsker, mut part: ReportPart) {
+        if part.archive.len() > MAX_REPORT_PART {
+            let cause =
+                format!("{} sent {} bytes, {MAX_REPORT_PART} are allowed", self.node_name(from), part.archive.len());
+            part = ReportPart { archive: Vec::new(), cause };
+        }
+        let requester = Requester { node: by.node, incarnation: by.incarnation, request: by.request };
+        self.reply(requester, ToNode::ReportPart { request: by.request, part });
     }
 
     /// Another head has come after this one: whoever runs it ends it.

@@ -464,6 +464,8 @@ impl World {
             | ToNode::Elsewhere { .. }
             | ToNode::Heads(_)
             | ToNode::KeeperStopped { .. }
+            | ToNode::MakeReport(_)
+            | ToNode::ReportPart { .. }
             | ToNode::Notice(_) => {}
         }
     }

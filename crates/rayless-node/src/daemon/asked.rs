@@ -79,6 +79,7 @@ impl Pending {
             }
             Wants::Now(ClientRequest::RemovePlacementGroup(id)) => ToHead::RemovePlacementGroup { request, id: *id },
             Wants::Now(ClientRequest::StopGroup(group)) => ToHead::StopGroup { request, group: *group },
+            Wants::Now(ClientRequest::Report(node)) => ToHead::AskReport { request, node: *node },
             // `Identify`, `Stop` and `CreateGroup` never get here: see `client_said`.
             Wants::Now(_) => ToHead::Status { request },
         }

@@ -102,6 +102,8 @@ pub(crate) struct Core {
     pub(crate) phase: Phase,
     /// Groups of killed keepers whose leftovers are being ended.
     pub(crate) sweeping: usize,
+    /// Parts of reports that are being made here for other nodes.
+    pub(crate) reports: usize,
     /// When the keepers' processes are looked at next.
     pub(crate) next_look: Instant,
     /// Last failure to save the head's state, told once.
@@ -185,6 +187,7 @@ impl Core {
             Event::Drained { group } => self.group_drained(group),
             Event::GpusFound(probe) => self.gpus_found(&probe, talk),
             Event::StepSession { group, from, stream } => self.step_session(group, from, stream),
+            Event::ReportMade { by, part } => self.report_made(by, part),
             Event::Signal(name) => {
                 tracing::info!("{name}: leaving the cluster");
                 self.begin_leave(None, now);
@@ -576,6 +579,7 @@ impl Core {
             }
             ToNode::Tokens(set) => self.take_tokens(&set),
             ToNode::Notice(event) => tracing::info!("head: {}: {}", event.kind, event.cause),
+            ToNode::MakeReport(by) => self.make_report(by),
             answer => self.answer_from_head(answer, now),
         }
     }

@@ -5,6 +5,7 @@ use crate::inventory::gpu::Probe;
 use rayless_proto::{
     ids::GroupId,
     v1::{
+        control::{ReportAsker, ReportPart},
         keeper::FromKeeper,
         local::{ClientMessage, DaemonMessage},
     },
@@ -47,6 +48,8 @@ pub(crate) enum Event {
     GpusFound(Probe),
     /// A TCP connection whose first bytes name a keeper; none of them is consumed.
     StepSession { group: GroupId, from: String, stream: OwnedFd },
+    /// This node's part of a report is made, or could not be.
+    ReportMade { by: ReportAsker, part: ReportPart },
     /// SIGTERM or SIGINT.
     Signal(&'static str),
 }

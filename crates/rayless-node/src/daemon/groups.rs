@@ -9,7 +9,7 @@ use super::{
 use crate::inventory::{self, gpu::Probe, rdma};
 use rayless_proto::{
     ids::{GroupId, NodeId},
-    limits::{HEARTBEAT_PERIOD, MAX_ENDED_GROUPS, MAX_LINK_ENDS},
+    limits::{HEARTBEAT_PERIOD, MAX_ENDED_GROUPS, MAX_ENDED_LOGS, MAX_LINK_ENDS},
     v1::{
         control::{HeldGroup, RankAllocation, ToHead},
         keeper::{FromKeeper, KeeperConfig},
@@ -159,6 +159,8 @@ impl Core {
     pub(crate) fn keeper_gone(&mut self, group: GroupId) {
         let Some(keeper) = self.keepers.remove(&group) else { return };
         keepers::forget(&self.run, group);
+        let run = self.run.clone();
+        tokio::task::spawn_blocking(move || run.remove_old_logs(MAX_ENDED_GROUPS, MAX_ENDED_LOGS));
         let said_so = keeper.ended.is_some();
         let cause = match (keeper.ended, keeper.stopping) {
             (Some(cause), _) | (None, Some(cause)) => cause,

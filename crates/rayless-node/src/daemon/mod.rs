@@ -10,6 +10,7 @@ mod drain;
 mod event;
 mod groups;
 mod keepers;
+mod reports;
 mod requests;
 mod stand;
 mod tokens;
@@ -187,7 +188,7 @@ pub fn run(config: DaemonConfig, talk: &mut dyn FnMut(Talk)) -> Result<(), Daemo
     let lock = config.run_dir.lock().map_err(failed)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
-        // Name look-ups only; an idle thread of that pool goes soon.
+        // Name look-ups and the removal of old logs only; an idle thread of that pool goes soon.
         .max_blocking_threads(2)
         .thread_keep_alive(Duration::from_secs(1))
         .build()
@@ -300,6 +301,7 @@ async fn start(config: DaemonConfig, lock: RunDirLock, talk: &mut dyn FnMut(Talk
         wait,
         phase: Phase::Up,
         sweeping: 0,
+        reports: 0,
         next_look: started,
         save_failed: false,
     };

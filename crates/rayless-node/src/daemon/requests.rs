@@ -55,6 +55,7 @@ impl Core {
                 }
                 Wants::Group(spec)
             }
+            ClientRequest::Report(_) if !self.may_ask_for_report(client, request) => return,
             other => {
                 if let ClientRequest::RemovePlacementGroup(id) = &other
                     && let Some(client) = self.clients.get_mut(&client)
@@ -154,6 +155,7 @@ impl Core {
                 (request, ClientReply::Refused { refusal, table }, true)
             }
             ToNode::Status { request, report } => (request, ClientReply::Status(report), true),
+            ToNode::ReportPart { request, part } => (request, ClientReply::Report(part), true),
             other => {
                 tracing::debug!(?other, "not an answer");
                 return;

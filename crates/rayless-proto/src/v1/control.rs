@@ -368,6 +368,40 @@ pub enum ToHead {
         /// Why the ones of the last `Tokens` could not be taken; empty otherwise.
         problem: String,
     },
+    /// A client wants another node's part of a report. Answered with `ReportPart`, or refused where that node is not connected.
+    AskReport {
+        /// Echoed in the answer.
+        request: RequestId,
+        /// Whose.
+        node: NodeId,
+    },
+    /// What this node was asked for by `MakeReport`.
+    ReportMade {
+        /// Who asked.
+        by: ReportAsker,
+        /// What it has to say.
+        part: ReportPart,
+    },
+}
+
+/// Who wants a node's part of a report. The head keeps nothing of it: it travels with the question and comes back with the answer.
+#[derive(Archive, Serialize, Deserialize, Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ReportAsker {
+    /// The node of the client that asked.
+    pub node: NodeId,
+    /// Which life of it.
+    pub incarnation: Incarnation,
+    /// That node's number for the request.
+    pub request: RequestId,
+}
+
+/// A node's part of a report.
+#[derive(Archive, Serialize, Deserialize, Clone, PartialEq, Eq, Debug)]
+pub struct ReportPart {
+    /// A `.tar.gz` without secrets, at most [`MAX_REPORT_PART`](crate::limits::MAX_REPORT_PART) bytes; empty where it could not be made.
+    pub archive: Vec<u8>,
+    /// Why not, in one line; empty otherwise.
+    pub cause: String,
 }
 
 /// In whose name a head speaks.
@@ -517,4 +551,13 @@ pub enum ToNode {
     Tokens(TokenSet),
     /// Something that the node's own log should have too.
     Notice(Event),
+    /// Make this node's part of a report; answered with `ReportMade`.
+    MakeReport(ReportAsker),
+    /// Answer to `AskReport`.
+    ReportPart {
+        /// Which request.
+        request: RequestId,
+        /// What that node has to say.
+        part: ReportPart,
+    },
 }

@@ -5,7 +5,7 @@
 //! until its driver's step sessions end.
 
 use super::{
-    control::{GroupSpec, NeedHave, PlacedNode, Placement, Refusal},
+    control::{GroupSpec, NeedHave, PlacedNode, Placement, Refusal, ReportPart},
     status::{NodeState, StatusReport},
 };
 use crate::{
@@ -48,6 +48,8 @@ pub enum ClientRequest {
     },
     /// Accept the new token alone from here on. Refused while a living node has not taken it.
     FinishRotation,
+    /// Another node's part of a report: logs, stacks, what its host is like.
+    Report(NodeId),
 }
 
 /// A request with its number.
@@ -166,6 +168,8 @@ pub enum ClientReply {
         /// The table, where resources are short.
         table: Option<NeedHave>,
     },
+    /// Answer to `Report`.
+    Report(ReportPart),
 }
 
 /// A reply with the number of its request.

@@ -6,7 +6,8 @@ use rayless_proto::{
     v1::{
         control::{
             FromHead, GpuInfo, GroupSpec, HeadTerm, HeldGroup, HeldPlacementGroup, NeedHave, NeedHaveRow, NodeEnv,
-            NodeInfo, PlacedNode, Placement, RankAllocation, Refusal, RefusalKind, ToHead, ToNode, WorkerState,
+            NodeInfo, PlacedNode, Placement, RankAllocation, Refusal, RefusalKind, ReportAsker, ReportPart, ToHead,
+            ToNode, WorkerState,
         },
         keeper::{FromKeeper, KeeperConfig, ToKeeper},
         link::{
@@ -67,6 +68,8 @@ pub fn to_head() -> Vec<ToHead> {
         ToHead::GpuDraining { gpus: vec![(0, true), (1, false)] },
         ToHead::Update { info: info() },
         ToHead::TokensHeld { marks: vec![TokenMark([1; 8]), TokenMark([2; 8])], problem: "disk full".into() },
+        ToHead::AskReport { request: 7, node: NODE },
+        ToHead::ReportMade { by: asker(), part: part() },
     ]
 }
 
@@ -102,7 +105,17 @@ fn to_node() -> Vec<ToNode> {
         ToNode::KeeperStopped { group: GROUP, node: NODE, stopped: true },
         ToNode::Notice(event()),
         ToNode::Tokens(TokenSet { current: token(1), previous: Some(token(2)) }),
+        ToNode::MakeReport(asker()),
+        ToNode::ReportPart { request: 7, part: part() },
     ]
+}
+
+fn asker() -> ReportAsker {
+    ReportAsker { node: NODE, incarnation: Incarnation(2), request: 7 }
+}
+
+fn part() -> ReportPart {
+    ReportPart { archive: vec![0x1f, 0x8b, 8], cause: String::new() }
 }
 
 /// A command or driver to its daemon.
@@ -122,6 +135,7 @@ pub fn client_messages() -> Vec<ClientMessage> {
         ClientRequest::Stop,
         ClientRequest::RotateToken { overlap_ms: Some(60_000) },
         ClientRequest::FinishRotation,
+        ClientRequest::Report(NODE),
     ]
     .into_iter()
     .zip(1..)
@@ -161,6 +175,7 @@ pub fn daemon_messages() -> Vec<DaemonMessage> {
         ClientReply::KeeperStopped { group: GROUP, node: NODE, stopped: false },
         ClientReply::Done,
         ClientReply::Refused { refusal: refusal(), table: None },
+        ClientReply::Report(part()),
     ]
     .into_iter()
     .zip(1..)

@@ -1,13 +1,15 @@
 //! `rayless report`: all that is needed to understand what goes wrong, in one file to send to someone.
 //!
-//! Every part is asked for on its own and with a limit: a head or daemon that is dead or hangs costs its part, not the report. Keepers are asked
-//! directly, so the stacks and links of this host's ranks come without any daemon.
+//! Every part is asked for on its own and with a limit: a head, node or daemon that is dead or hangs costs its part, not the report. Keepers of this
+//! host are asked directly, so its ranks' stacks and links come without any daemon; other nodes make their own part (`nodes`).
 
 mod archive;
+mod nodes;
 mod scrub;
 mod system;
 
 use crate::{
+    cli::ReportScope,
     message::{Failure, data, talk},
     status,
 };
@@ -15,7 +17,7 @@ use archive::Archive;
 use rayless_node::{run_dir::RunDir, status_text};
 use rayless_proto::{
     BUILD,
-    limits::MAX_ENDED_GROUPS,
+    limits::{MAX_ENDED_GROUPS, MAX_REPORT_PART},
     v1::{link::LinkReport, status::StatusReport},
 };
 use rayless_worker::keeper::{self, Answer};
@@ -26,15 +28,22 @@ use std::{
     io::{self, Read as _, Seek as _, SeekFrom, Write as _},
     os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-/// Of each log the last bytes.
+/// Bytes of the file.
+const WHOLE: usize = 32 << 20;
+/// Of each log the last bytes; where there is no room for so much, half of it, and so on down to the shortest that is worth a file.
 const LOG_TAIL: u64 = 512 << 10;
-/// Of all logs together, newest groups first.
+const SHORTEST_TAIL: u64 = 8 << 10;
+/// Of all logs of this host together, newest groups first.
 const ALL_LOGS: u64 = 24 << 20;
+/// Bytes of the file that says what is missing: packed it always has room.
+const LONGEST_README: usize = 12 << 10;
 /// A keeper answers within this, stacks of 256 ranks included.
 const KEEPER_LIMIT: Duration = Duration::from_secs(6);
+/// All keepers together, of which more than one may hang.
+const KEEPERS_LIMIT: Duration = Duration::from_secs(8);
 
 /// What is put together.
 struct Report {
@@ -44,9 +53,12 @@ struct Report {
 }
 
 /// `rayless report`
-pub(crate) fn run(run: &RunDir, output: Option<PathBuf>) -> Result<(), Failure> {
+pub(crate) fn run(run: &RunDir, output: Option<PathBuf>, scope: ReportScope) -> Result<(), Failure> {
     let now = SystemTime::now();
     let seconds = now.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    if scope == ReportScope::Part {
+        return part(run, now, seconds);
+    }
     let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let host: String = host.trim().chars().filter(|c| c.is_ascii_alphanumeric() || *c == '-').take(40).collect();
     let folder = format!("rayless-report-{host}-{seconds}");
@@ -58,9 +70,9 @@ pub(crate) fn run(run: &RunDir, output: Option<PathBuf>) -> Result<(), Failure> 
             path.display()
         ))
     })?;
-    let mut report = Report { archive: Archive::new(&folder, seconds), missing: Vec::new() };
+    let mut report = Report { archive: Archive::new(&folder, seconds, WHOLE), missing: Vec::new() };
     let written = report
-        .gather(run, now)
+        .gather(run, now, scope)
         .and_then(|()| report.finish(seconds))
         .and_then(|bytes| file.write_all(&bytes).and_then(|()| file.sync_all()));
     if let Err(error) = written {
@@ -74,12 +86,23 @@ pub(crate) fn run(run: &RunDir, output: Option<PathBuf>) -> Result<(), Failure> 
     Ok(())
 }
 
+/// This host's part, to stdout.
+fn part(run: &RunDir, now: SystemTime, seconds: u64) -> Result<(), Failure> {
+    let mut report = Report { archive: Archive::new("", seconds, MAX_REPORT_PART), missing: Vec::new() };
+    let made = report.gather(run, now, ReportScope::Part).and_then(|()| report.finish(seconds));
+    let written = made.and_then(|bytes| {
+        let mut out = io::stdout().lock();
+        out.write_all(&bytes).and_then(|()| out.flush())
+    });
+    written.map_err(|error| Failure::failed(format_args!("cannot write this host's part: {error}")))
+}
+
 impl Report {
-    fn gather(&mut self, run: &RunDir, now: SystemTime) -> io::Result<()> {
+    fn gather(&mut self, run: &RunDir, now: SystemTime, scope: ReportScope) -> io::Result<()> {
         let daemon = run.daemon_pid();
-        let status = self.status(run, now)?;
+        // Who asks for a part has the cluster's state.
+        let status = if scope == ReportScope::Part { None } else { self.status(run, now)? };
         let answers = self.keepers(run)?;
-        self.elsewhere(status.as_ref(), &answers);
         let mut pids: Vec<(String, u32)> = daemon.map(|pid| ("daemon".to_owned(), pid)).into_iter().collect();
         for answer in &answers {
             let keeper = fs::read_to_string(run.keeper_pid(answer.held.group)).ok();
@@ -98,7 +121,11 @@ impl Report {
         self.text("gpus.txt", &system::gpus())?;
         self.text("variables.txt", &system::variables())?;
         self.text("run-dir.txt", &listing(run.path()))?;
-        self.logs(run)
+        self.logs(run)?;
+        match (scope, status) {
+            (ReportScope::Cluster, Some(status)) => self.nodes(run, &status),
+            _ => Ok(()),
+        }
     }
 
     /// The cluster as the head sees it.
@@ -106,7 +133,7 @@ impl Report {
         match status::look(run) {
             Ok(report) => {
                 // Its names are ours: only what looks like a token by itself is taken out, or it would be no JSON any more.
-                self.archive.add("status.json", scrub::known_forms(&report.to_json().to_string()).as_bytes())?;
+                self.add("status.json", &scrub::known_forms(&report.to_json().to_string()))?;
                 self.text("status.txt", &status_text::status(&report, now))?;
                 self.text("environment.txt", &status_text::environment(&report))?;
                 Ok(Some(report))
@@ -119,11 +146,25 @@ impl Report {
         }
     }
 
+    /// What the other nodes have to say.
+    fn nodes(&mut self, run: &RunDir, status: &StatusReport) -> io::Result<()> {
+        match status::own_node(run) {
+            Ok(own) => nodes::gather(self, run, status, own),
+            Err(failure) => {
+                let cause = failure.text.lines().next().unwrap_or_default().to_owned();
+                self.missing.push(format!("the other nodes: {cause}"));
+                Ok(())
+            }
+        }
+    }
+
     /// What the ranks of this host do, and their links.
     fn keepers(&mut self, run: &RunDir) -> io::Result<Vec<Answer>> {
         let mut answers = Vec::new();
+        let end = Instant::now() + KEEPERS_LIMIT;
         for group in run.groups_with_keeper() {
-            match keeper::ask(&run.keeper_socket(group), KEEPER_LIMIT) {
+            let left = end.saturating_duration_since(Instant::now());
+            match keeper::ask(&run.keeper_socket(group), KEEPER_LIMIT.min(left)) {
                 Ok(answer) => {
                     self.text(&format!("stacks-{group}.txt"), &stacks(&answer))?;
                     answers.push(answer);
@@ -135,32 +176,6 @@ impl Report {
             answers.iter().flat_map(|answer| answer.links.iter().map(|link| link_line(answer, link))).collect();
         self.text("links.txt", &links)?;
         Ok(answers)
-    }
-
-    /// Ranks of these groups on other hosts: their stacks and logs are there.
-    fn elsewhere(&mut self, status: Option<&StatusReport>, answers: &[Answer]) {
-        let Some(status) = status else { return };
-        for group in status.groups.iter().filter(|group| group.cause.is_empty()) {
-            let here: Vec<u32> = answers
-                .iter()
-                .filter(|answer| answer.held.group == group.id)
-                .flat_map(|answer| answer.ranks.iter().map(|rank| rank.rank))
-                .collect();
-            for node in &status.nodes {
-                let on_it = |rank: &&rayless_proto::v1::status::WorkerStatus| {
-                    rank.node == node.id && !here.contains(&rank.rank)
-                };
-                let ranks: Vec<String> = group.workers.iter().filter(on_it).map(|rank| rank.rank.to_string()).collect();
-                if !ranks.is_empty() {
-                    self.missing.push(format!(
-                        "stacks and logs of rank {} of group {} on node {}: run `rayless report` there, too",
-                        ranks.join(", "),
-                        group.id,
-                        node.name
-                    ));
-                }
-            }
-        }
     }
 
     fn logs(&mut self, run: &RunDir) -> io::Result<()> {
@@ -187,27 +202,42 @@ impl Report {
     }
 
     fn log(&mut self, path: &Path, name: &str, left: &mut u64) -> io::Result<()> {
-        match tail(path, LOG_TAIL.min(*left)) {
-            Ok((text, _)) if text.is_empty() && *left == 0 => {
-                self.missing.push(format!("{name}: the report is large enough without it"));
-                Ok(())
-            }
-            Ok((text, cut)) => {
-                *left -= (text.len() as u64).min(*left);
-                let head = if cut > 0 { format!("(the first {cut} bytes are left out)\n") } else { String::new() };
-                self.text(name, &format!("{head}{text}"))
-            }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            Err(error) => {
-                self.missing.push(format!("{name}: {error}"));
-                Ok(())
+        let mut length = LOG_TAIL.min(*left);
+        while length >= SHORTEST_TAIL {
+            match tail(path, length) {
+                Ok((text, cut)) => {
+                    let head = if cut > 0 { format!("(the first {cut} bytes are left out)\n") } else { String::new() };
+                    if self.archive.add(name, scrub::scrub(&format!("{head}{text}")).as_bytes())? {
+                        *left -= (text.len() as u64).min(*left);
+                        return Ok(());
+                    }
+                    length = (text.len() as u64).min(length) / 2;
+                }
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+                Err(error) => {
+                    self.missing.push(format!("{name}: {error}"));
+                    return Ok(());
+                }
             }
         }
+        self.large_enough(name);
+        Ok(())
     }
 
     /// Adds a text, without the secrets that may be in it.
     fn text(&mut self, name: &str, text: &str) -> io::Result<()> {
-        self.archive.add(name, scrub::scrub(text).as_bytes())
+        self.add(name, &scrub::scrub(text))
+    }
+
+    fn add(&mut self, name: &str, text: &str) -> io::Result<()> {
+        if !self.archive.add(name, text.as_bytes())? {
+            self.large_enough(name);
+        }
+        Ok(())
+    }
+
+    fn large_enough(&mut self, name: &str) {
+        self.missing.push(format!("{name}: the report is large enough without it"));
     }
 
     fn finish(&mut self, seconds: u64) -> io::Result<Vec<u8>> {
@@ -222,8 +252,10 @@ impl Report {
             talk(format_args!("missing: {line}"));
             let _ = writeln!(readme, "missing: {line}");
         }
-        self.text("README.txt", &readme)?;
-        let empty = Archive::new("", 0);
+        let end = (0..=readme.len().min(LONGEST_README)).rev().find(|at| readme.is_char_boundary(*at));
+        readme.truncate(end.unwrap_or(0));
+        self.archive.add_last("README.txt", scrub::scrub(&readme).as_bytes())?;
+        let empty = Archive::new("", 0, 0);
         std::mem::replace(&mut self.archive, empty).finish()
     }
 }
