@@ -94,5 +94,8 @@ pub const REAP_TIMEOUT: Duration = Duration::from_secs(5);
 /// A GPU whose memory is not back within this is `draining`.
 pub const GPU_DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 /// A GPU's memory counts as back when within this many bytes of what it was before the launch, what other processes hold left out on both
-/// sides; as many again for each process that came meanwhile, whose context takes more than NVML tells (tens of MiB).
+/// sides.
 pub const GPU_DRAIN_SLACK: u64 = 64 << 20;
+/// As many bytes more for each process that came meanwhile: NVML does not tell all that it takes (on an H100 8 MiB of an MPS server's and 1 MiB of
+/// each client's).
+pub const GPU_DRAIN_SLACK_PER_PROCESS: u64 = 8 << 20;

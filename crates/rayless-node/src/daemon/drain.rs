@@ -10,7 +10,7 @@ use super::event::{Event, Events};
 use crate::inventory::gpu::{self, Memory};
 use rayless_proto::{
     ids::GroupId,
-    limits::{GPU_DRAIN_SLACK, GPU_DRAIN_TIMEOUT},
+    limits::{GPU_DRAIN_SLACK, GPU_DRAIN_SLACK_PER_PROCESS, GPU_DRAIN_TIMEOUT},
 };
 use rayless_worker::keeper;
 use std::{
@@ -61,7 +61,7 @@ impl Share {
                 (
                     i128::from(self.used_bytes) - i128::from(before.bytes),
                     i128::from(now.used_bytes) - i128::from(after.bytes),
-                    i128::from(GPU_DRAIN_SLACK) * (1 + i128::from(newcomers)),
+                    i128::from(GPU_DRAIN_SLACK) + i128::from(GPU_DRAIN_SLACK_PER_PROCESS) * i128::from(newcomers),
                 )
             }
             _ => (i128::from(self.used_bytes), i128::from(now.used_bytes), i128::from(GPU_DRAIN_SLACK)),
@@ -219,8 +219,10 @@ mod tests {
     fn what_others_took_meanwhile_does_not_hold_a_gpu_back() {
         let before = share(2 * GIB, Some(&[(100, 2 * GIB)]));
         // One that was there grew, another came, and the MPS server, whose context takes more than NVML tells.
-        let now = share(9 * GIB + GPU_DRAIN_SLACK, Some(&[(100, 4 * GIB), (101, 5 * GIB), (102, 1 << 20)]));
-        assert!(before.is_back(now));
+        let processes = Some(&[(100, 4 * GIB), (101, 5 * GIB), (102, 66 << 20)][..]);
+        let most = 9 * GIB + (66 << 20) + GPU_DRAIN_SLACK + 2 * GPU_DRAIN_SLACK_PER_PROCESS;
+        assert!(before.is_back(share(most, processes)));
+        assert!(!before.is_back(share(most + 1, processes)));
     }
 
     #[test]
