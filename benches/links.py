@@ -3,7 +3,9 @@
     python benches/links.py [--turns 5] [--seconds 0.5] [--json FILE] [--guest]
 
 tcp: two network namespaces joined by a veth pair. A hop of 14 and 28 KiB (one dict of two tensors) beside gloo as vLLM uses it (benches/gloo_hop.py)
-and beside a raw TCP ping-pong of the same bytes; 16 MiB messages one way beside iperf3 with as many streams. shm: 28 KiB beside a
+and beside a raw TCP ping-pong of the same bytes; 16 MiB messages one way beside iperf3 with as many streams: with the host's congestion
+control, as iperf3 does by itself, and with the one that the link has (RAYLESS_TCP_CONGESTION: not bbr); and beside a bare program that sends
+from and receives into 16 MiB, since iperf3's buffers of 128 KiB stay in the cache. shm: 28 KiB beside a
 futex ping-pong plus a copy of as many bytes, 16 MiB beside memcpy. --guest: rdma in an emulated guest beside ib_send_lat, ib_write_lat and ib_write_bw;
 nothing is concluded from those, for an emulated clock lies. Run it with a Python that has torch and this tree's rayless on
 PYTHONPATH and PATH, as `benches/run links` does.
@@ -51,6 +53,7 @@ class Tcp:
             ["rayless", "bench", "link", "--listen", f"{b.address}:0", "--token-file", str(self.token)]
         )
         self.raw = self._listening([floors, "tcp-listen", f"{b.address}:0"])
+        self.bulk_at = self._listening([floors, "bulk-listen", f"{b.address}:0"])
         b.popen(["iperf3", "--server", "--bind", b.address], stdout=subprocess.DEVNULL)
         self.port = 29500
 
@@ -84,11 +87,24 @@ class Tcp:
         other.wait(60)
         return got
 
-    def iperf(self) -> float:
-        """GB/s of iperf3."""
+    def bulk(self, size: int) -> dict[str, float]:
+        """GB/s of as many raw streams as a link has, from and to a buffer of ``size`` bytes."""
+        words = [self.floors, "bulk-to", self.bulk_at, str(STREAMS), str(size), str(self.seconds), "auto"]
+        got: dict[str, float] = read(self.a.run(words, timeout=300))
+        return got
+
+    def iperf(self, congestion: str = "") -> float:
+        """GB/s of iperf3, with the host's congestion control or this one."""
         words = ["iperf3", "--client", self.b.address, "--parallel", str(STREAMS), "--json", "--omit", "1"]
+        words += ["--congestion", congestion] if congestion else []
         document = read(self.a.run([*words, "--time", str(max(2, round(4 * self.seconds)))], timeout=300))
         return float(document["end"]["sum_received"]["bits_per_second"]) / 8e9
+
+
+def like_the_link(host: netns.Host) -> str:
+    """The congestion control that a link has on this host."""
+    own = host.run(["sysctl", "-n", "net.ipv4.tcp_congestion_control"]).stdout.strip()
+    return "cubic" if own.startswith("bbr") else own
 
 
 def flat(points: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
@@ -187,6 +203,8 @@ def main() -> None:
                 note(f"gloo {size}", tcp.gloo(size))
             note(f"tcp {LARGE}", tcp.links(LARGE)[LARGE])
             note("iperf", {"gb_s": tcp.iperf()})
+            note("iperf like the link", {"gb_s": tcp.iperf(like_the_link(a))})
+            note("bulk", tcp.bulk(LARGE))
             for size in (SMALL[1], LARGE):
                 note(f"shm {size}", shm(floors, size, asked.seconds))
 
@@ -204,6 +222,9 @@ def main() -> None:
         shown.append(compare(f"tcp, {size >> 10} KiB, p99 {p99:.1f} us / p50", p99 / hop, 4))
     fast, iperf = median(turns[f"tcp {LARGE}"], "gb_s"), median(turns["iperf"], "gb_s")
     shown.append(compare(f"tcp, 16 MiB, {fast:.2f} GB/s / iperf3 -P {STREAMS} {iperf:.2f}", fast / iperf, 0.85, False))
+    like, bulk = median(turns["iperf like the link"], "gb_s"), median(turns["bulk"], "gb_s")
+    print(f"{f'   the same beside iperf3 with the congestion control of the link {like:.2f}':62} {fast / like:6.2f}")
+    print(f"{f'   the same beside raw streams from and to 16 MiB {bulk:.2f}':62} {fast / bulk:6.2f}")
     small, large = turns[f"shm {SMALL[1]}"], turns[f"shm {LARGE}"]
     hop, floor = median(small, "p50_us"), median(small, "futex_us") + median(small, "memcpy_us")
     shown.append(compare(f"shm, 28 KiB, p50 {hop:.1f} us / futex ping-pong + memcpy {floor:.1f}", hop / floor, 1.5))

@@ -52,21 +52,34 @@ class Driver:
             error = raised
         say("called", **outcome(error))
 
-    def steps(self, period: float, size: int) -> None:
-        """Calls again and again until told otherwise, or until one fails."""
+    def steps(self, period: float, size: int, tensor: int = 0) -> None:
+        """Calls again and again until told otherwise, or until one fails; after every tenth call the ranks exchange tensors of `tensor`
+        bytes, if any."""
         assert self.group
         self.stepping, count, slowest, error = True, 0, 0.0, None
+        exchanged, slowest_exchange = 0, 0.0
         while self.stepping:
             begin = time.monotonic()
             try:
                 self.group.call("step", bytes(size))
+                slowest = max(slowest, time.monotonic() - begin)
+                count += 1
+                if tensor and count % 10 == 0:
+                    begin = time.monotonic()
+                    exchanged = min(self.group.call("exchange", tensor))
+                    slowest_exchange = max(slowest_exchange, time.monotonic() - begin)
             except BaseException as raised:
                 error = raised
                 break
-            slowest = max(slowest, time.monotonic() - begin)
-            count += 1
             time.sleep(period)
-        say("stepped", count=count, slowest=slowest, **outcome(error))
+        say(
+            "stepped",
+            count=count,
+            slowest=slowest,
+            exchanged=exchanged,
+            slowest_exchange=slowest_exchange,
+            **outcome(error),
+        )
 
     def enough(self) -> None:
         self.stepping = False

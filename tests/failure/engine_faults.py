@@ -34,6 +34,8 @@ class EngineFault:
     #: Whether clients hear of it only once it is undone: the process that would tell them is the stopped one.
     mute: bool = False
     moments: tuple[str, ...] = MOMENTS
+    #: Whether the whole machine has it: nothing else is played meanwhile.
+    alone: bool = False
     #: Seconds for which a fault that the engine outlives lasts.
     lasts: float = 6.0
 
@@ -50,6 +52,8 @@ def _then(act: Callable[[EngineStage], object]) -> Callable[[EngineStage], float
     return change
 
 
+#: What nobody notices lasts from before the weights are loaded until the engine answers: a start under it is one cell.
+LASTING = MOMENTS[1:]
 #: How an end by silence reads, from whichever side noticed first.
 SILENT = ("silent", "no sign of life", "nothing heard", "reset by peer", "lost the keeper", "broken pipe")
 
@@ -155,7 +159,6 @@ ENGINE_FAULTS = [
         _process("api server", CONT),
         "lives",
         "its clients, who wait",
-        moments=("loading", "request", "idle"),
     ),
     EngineFault(
         "daemon-kill",
@@ -216,8 +219,26 @@ ENGINE_FAULTS = [
         "EngineCore (silence)",
         SILENT,
     ),
-    EngineFault("loss-5", "5 % of all packets lost, both ways", wire(loss=5), clear, "lives", "nobody", lasts=10),
-    EngineFault("loss-30", "30 % of all packets lost, both ways", wire(loss=30), clear, "lives", "nobody", lasts=20),
+    EngineFault(
+        "loss-5",
+        "5 % of all packets lost, both ways",
+        wire(loss=5),
+        clear,
+        "lives",
+        "nobody",
+        moments=LASTING,
+        lasts=10,
+    ),
+    EngineFault(
+        "loss-30",
+        "30 % of all packets lost, both ways",
+        wire(loss=30),
+        clear,
+        "lives",
+        "nobody",
+        moments=LASTING,
+        lasts=20,
+    ),
     EngineFault(
         "delay-200",
         "200 ms of delay each way, up to 50 ms more, some packets out of order",
@@ -225,6 +246,7 @@ ENGINE_FAULTS = [
         clear,
         "lives",
         "nobody",
+        moments=LASTING,
         lasts=12,
     ),
     EngineFault(
@@ -234,6 +256,7 @@ ENGINE_FAULTS = [
         clear,
         "lives",
         "nobody",
+        moments=LASTING,
         lasts=12,
     ),
     EngineFault(
@@ -253,6 +276,7 @@ ENGINE_FAULTS = [
         _then(EngineStage.empty_disk),
         "lives",
         "nobody",
+        moments=LASTING,
     ),
     EngineFault(
         "clock-forward",
@@ -261,6 +285,7 @@ ENGINE_FAULTS = [
         _then(lambda stage: stage.set_clock(0)),
         "lives",
         "nobody",
+        moments=LASTING,
     ),
     EngineFault(
         "clock-back",
@@ -269,15 +294,17 @@ ENGINE_FAULTS = [
         _then(lambda stage: stage.set_clock(0)),
         "lives",
         "nobody",
+        moments=LASTING,
     ),
     EngineFault(
         "busy",
-        "every core saturated (eight busy loops a core, at normal priority)",
+        "every core saturated for ten minutes (eight busy loops a core, at normal priority)",
         _then(EngineStage.make_busy),
         _then(EngineStage.make_quiet),
         "lives",
         "nobody",
-        lasts=60,
+        alone=True,
+        lasts=600,
         moments=("request", "idle"),
     ),
 ]

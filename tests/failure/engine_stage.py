@@ -1,9 +1,10 @@
 """A real vLLM engine in two pipeline stages, one on each of two hosts on a damaged wire, with somebody who asks it and somebody who looks at its
-health: where the engine cells of the failure matrix play."""
+health: where the engine cells of the failure matrix play. With vLLM's build for CPUs, or on one GPU, which every host takes for its own."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
 import re
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -24,13 +26,60 @@ import leftovers
 import tiny_models
 from serving import CPU_FLAGS, Server
 
-#: Where an engine is found: its ranks are about to load weights, it answers a long request, nobody asks it.
-MOMENTS = ("loading", "request", "idle")
-FLAGS = (
-    *CPU_FLAGS,
-    *("--dtype", "float32", "--pipeline-parallel-size", "2", "--distributed-executor-backend", "rayless"),
-    *("--worker-cls", "loading.LoadingWorker"),
+#: Where an engine is found: its ranks are up and about to take their devices and to meet each other; they are about to load weights; it answers a
+#: long request; nobody asks it.
+MOMENTS = ("start", "loading", "request", "idle")
+BEFORE_READY = MOMENTS[:2]
+FLAGS = ("--pipeline-parallel-size", "2", "--distributed-executor-backend", "rayless")
+
+
+@dataclass(frozen=True)
+class Build:
+    """What an engine is told beyond `FLAGS`, by the kind of its vLLM."""
+
+    flags: tuple[str, ...]
+    gpu: bool = False
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+CPU = Build((*CPU_FLAGS, "--dtype", "float32", "--worker-cls", "loading.CpuWorker"))
+#: Both stages, and those of other lanes, are on one GPU: a fixed share for each, no memory profiled (it changes by what others do), and nothing over
+#: NCCL, which takes one rank of a GPU only. The newer runner, with async scheduling.
+GPU = Build(
+    (
+        *("--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "8", "--dtype", "bfloat16"),
+        *("--gpu-memory-utilization", "0.02", "--kv-cache-memory-bytes", str(64 << 20)),
+        *("--worker-cls", "loading.GpuWorker"),
+    ),
+    gpu=True,
+    environment={
+        "VLLM_USE_V2_MODEL_RUNNER": "1",
+        "VLLM_DISABLE_PYNCCL": "1",
+        "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    },
 )
+
+
+def build() -> Build:
+    """By the vLLM that is installed."""
+    return CPU if importlib.metadata.version("vllm").endswith("cpu") else GPU
+
+
+def gpu_memory() -> dict[int, int]:
+    """Bytes of GPU memory by process id, as NVML tells."""
+    from vllm.third_party import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        found: dict[int, int] = {}
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            for process in pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByIndex(index)):
+                found[process.pid] = found.get(process.pid, 0) + (process.usedGpuMemory or 0)
+        return found
+    finally:
+        pynvml.nvmlShutdown()
+
+
 #: A start of vLLM on a machine with other work.
 START = 300.0
 #: Where `loading.LoadingWorker` looks for its marks.
@@ -138,12 +187,14 @@ class Health:
 class EngineStage(Ground):
     """Host a has the head and `vllm serve`; stage 0 of the model is on a, stage 1 on b."""
 
-    def __init__(self, *, damage: bool = True, start: float = START) -> None:
+    def __init__(self, *, damage: bool = True, start: float = START, seed: int = 1) -> None:
         """Without `damage` the daemons' clocks and host b's disk are the machine's own: for a run whose daemons are measured. `start`: seconds that an
         engine may take to load, and again to be ready."""
         self._patience = start
         self._before = leftovers.shared_memory()
-        super().__init__(daemon_environment=clock_environment if damage else None, small_disk=damage)
+        environment = clock_environment if damage else None
+        super().__init__(seed=seed, daemon_environment=environment, small_disk=damage)
+        self.build = build()
         self.model = tiny_models.ensure("llama")
         self.marks = self.cluster.base / "marks"
         self.marks.mkdir()
@@ -163,52 +214,75 @@ class EngineStage(Ground):
         assert self.server
         return self.server
 
-    def load(self) -> None:
-        """Starts an engine and waits until both ranks are about to load their weights."""
+    def begin(self) -> None:
+        """Starts an engine and waits until both ranks are up, before they take their devices and meet each other."""
         self.end_engine()
         for mark in self.marks.iterdir():
             mark.unlink()
         self._starts += 1
         paths = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH", "")]))
-        env = self.cluster.environment(0, {VARIABLE: str(self.marks), "PYTHONPATH": paths})
+        extra = {**self.build.environment, VARIABLE: str(self.marks), "PYTHONPATH": paths}
         log = self.cluster.base / f"engine-{self._starts}.log"
         self.begun = time.monotonic()
-        server = self.server = Server(self.a, env, self.model, *FLAGS, log=log)
-
-        def loading() -> bool:
-            if server.process.poll() is not None:
-                raise Hang(f"vllm serve ended with {server.process.returncode}:\n{server.tail()}")
-            return all((self.marks / f"load.{rank}").exists() for rank in (0, 1))
-
-        self.until(loading, "both ranks are about to load", self._patience)
+        flags = (*FLAGS, *self.build.flags)
+        self.server = Server(self.a, self.cluster.environment(0, extra), self.model, *flags, log=log)
+        self._arrived("start")
         self._remember()
 
+    def load(self) -> None:
+        """Starts an engine and waits until both ranks are about to load their weights."""
+        self.begin()
+        self._let_on("start")
+        self._arrived("load")
+        self._remember_more()
+
     def let_load(self) -> float:
-        """Lets the ranks load; seconds until the engine is ready."""
+        """Lets the ranks go on from wherever they stopped; seconds until the engine is ready."""
         assert self.server
-        (self.marks / "go").touch()
+        self._let_on("start")
+        self._let_on("load")
         self.server.wait_ready(self._patience)
+        self._remember_more()
         self.ready_in.append(time.monotonic() - self.begun)
+        if self.build.gpu and not {self.worker(host).pid for host in "ab"} <= gpu_memory().keys():
+            raise Hang("NVML does not tell what memory the ranks hold, so nothing can be said of what is left of it")
         return self.ready_in[-1]
+
+    def _let_on(self, where: str) -> None:
+        (self.marks / f"{where}.go").touch()
+
+    def _arrived(self, where: str) -> None:
+        server = self.server
+        assert server
+
+        def there() -> bool:
+            if server.process.poll() is not None:
+                raise Hang(f"vllm serve ended with {server.process.returncode}:\n{server.tail()}")
+            return all((self.marks / f"{where}.{rank}").exists() for rank in (0, 1))
+
+        self.until(there, f"both ranks stop at {where}", self._patience)
 
     def _remember(self) -> None:
         """Opens a handle of every process of the engine, before anything ends."""
         assert self.server
-        (group,) = self.running()
+        (self.group,) = self.running()
         names = {node["id"]: node["name"] for node in self.cluster.status()["nodes"]}
-        self.group = group
-        known = {self.server.process.pid: "api server", group["driver"]["pid"]: "EngineCore"}
-        for worker in group["workers"]:
+        known = {self.server.process.pid: "api server", self.group["driver"]["pid"]: "EngineCore"}
+        for worker in self.group["workers"]:
             known[worker["pid"]] = f"worker@{'ab'[names[worker['node']] == 'host1']}"
         for index, name in enumerate("ab"):
             for file in (self.cluster.run_dir(index) / "keepers").glob("*.pid"):
                 known[int(file.read_text())] = f"keeper@{name}"
-        daemons = {self.cluster.daemon_pid(0), self.cluster.daemon_pid(1)}
+        self._remember_more(known)
+
+    def _remember_more(self, known: Mapping[int, str] | None = None) -> None:
+        """The same for what has no handle yet: helpers that an engine starts on its way up."""
+        others = {self.cluster.daemon_pid(0), self.cluster.daemon_pid(1), *(process.pid for process in self.processes)}
         for host in (self.a, self.b):
             for pid in host.pids():
-                if pid not in daemons:
+                if pid not in others:
                     with contextlib.suppress(ProcessLookupError):
-                        self.processes.append(Process(pid, known.get(pid, "helper")))
+                        self.processes.append(Process(pid, (known or {}).get(pid, "helper")))
 
     def process(self, what: str) -> Process:
         """One of "api server", "EngineCore", "worker@a", "keeper@b", …"""
@@ -273,10 +347,13 @@ class EngineStage(Ground):
 
     # --- what is observed ---
 
-    def gone(self, since: float, but: tuple[str, ...] = ()) -> tuple[float | None, list[str]]:
-        """Seconds from `since` until the last process of the engine has ended, and what still runs at the end of patience."""
+    def gone(self, since: float, but: tuple[str, ...] = (), *, group: bool = False) -> tuple[float | None, list[str]]:
+        """Seconds from `since` until the last process of the engine (or of its `group`: keepers and workers) has ended, and what still runs at the end
+        of patience."""
         deadline = time.monotonic() + HANG
         awaited = [process for process in self.processes if process.what not in but]
+        if group:
+            awaited = [process for process in awaited if process.what.startswith(("keeper", "worker"))]
         left = [process.what for process in awaited if not process.gone(deadline - time.monotonic())]
         return (None if left else time.monotonic() - since), left
 
@@ -290,6 +367,14 @@ class EngineStage(Ground):
         for node in self.cluster.status()["nodes"]:
             if node["available"] != node["resources"]:
                 left.append(f"resources of {node['name']}")
+            left += [
+                f"GPU {gpu['index']} of {node['name']} is {gpu['state']}"
+                for gpu in node["gpus"]
+                if gpu["state"] != "free"
+            ]
+        if self.build.gpu:
+            held = gpu_memory()
+            left += [f"{held[p.pid] >> 20} MiB of GPU memory of {p.what}" for p in self.processes if p.pid in held]
         return left
 
     def _of_clocks(self) -> set[str]:

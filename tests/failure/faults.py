@@ -35,8 +35,12 @@ class Fault:
     moments: tuple[str, ...] = MOMENTS
     #: Seconds for which a fault that the group outlives lasts.
     lasts: float = 6.0
+    #: Bytes of the tensors that the ranks exchange after every tenth call while it lasts, 0 for none.
+    tensor: int = 0
     #: Repeats in the whole matrix.
     repeats: int = 10
+    #: Moments at which it is seconds that are waited for and measured, so that several repeats may be played at once (`--lanes`).
+    waits: tuple[str, ...] = ()
     #: Played by `make test` too, at these moments.
     quick: tuple[str, ...] = ()
 
@@ -152,7 +156,7 @@ FAULTS = [
         "stuck",
         "the caller's timeout",
         moments=("idle",),
-        repeats=5,
+        waits=("idle",),
     ),
     Fault(
         "keeper-kill-near",
@@ -184,7 +188,7 @@ FAULTS = [
         ("stopped",),
         stays=ON_A,
         not_before=2.0,
-        repeats=5,
+        waits=MOMENTS,
     ),
     Fault(
         "keeper-stop-far",
@@ -196,7 +200,7 @@ FAULTS = [
         ("stopped",),
         stays=ON_B,
         not_before=2.0,
-        repeats=5,
+        waits=MOMENTS,
     ),
     Fault(
         "daemon-kill",
@@ -206,6 +210,7 @@ FAULTS = [
         "lives",
         "the head; the group does not notice",
         quick=("call",),
+        waits=("idle", "start"),
     ),
     Fault(
         "daemon-stop",
@@ -214,7 +219,7 @@ FAULTS = [
         to_daemon("b", CONT),
         "lives",
         "the head (silence); the group does not notice",
-        repeats=5,
+        waits=("idle", "start"),
     ),
     Fault(
         "head-kill",
@@ -224,6 +229,7 @@ FAULTS = [
         "lives",
         "the nodes; the group does not notice",
         quick=("call",),
+        waits=("idle", "start"),
     ),
     Fault(
         "head-stop",
@@ -232,7 +238,7 @@ FAULTS = [
         to_daemon("a", CONT),
         "lives",
         "the nodes (silence); the group does not notice",
-        repeats=5,
+        waits=("idle", "start"),
     ),
     Fault(
         "driver-kill",
@@ -258,7 +264,7 @@ FAULTS = [
         _driver(CONT),
         "ends",
         "the keepers (silence)",
-        repeats=5,
+        waits=MOMENTS,
     ),
     Fault(
         "cut",
@@ -269,6 +275,7 @@ FAULTS = [
         "driver and keeper, each by silence",
         ("silent", "nothing heard", "no sign"),
         quick=("call",),
+        waits=MOMENTS,
     ),
     Fault(
         "cut-from-driver",
@@ -278,6 +285,7 @@ FAULTS = [
         "ends",
         "the keeper (silence), then the driver",
         quick=("call",),
+        waits=MOMENTS,
     ),
     Fault(
         "cut-to-driver",
@@ -286,6 +294,7 @@ FAULTS = [
         clear,
         "ends",
         "the driver (silence)",
+        waits=MOMENTS,
     ),
     Fault(
         "loss-5",
@@ -294,8 +303,8 @@ FAULTS = [
         clear,
         "lives",
         "nobody",
-        repeats=3,
         lasts=15,
+        waits=MOMENTS,
     ),
     Fault(
         "loss-30",
@@ -304,8 +313,8 @@ FAULTS = [
         clear,
         "lives",
         "nobody",
-        repeats=3,
         lasts=60,
+        waits=MOMENTS,
     ),
     Fault(
         "delay-200",
@@ -314,8 +323,8 @@ FAULTS = [
         clear,
         "lives",
         "nobody",
-        repeats=3,
         lasts=20,
+        waits=MOMENTS,
     ),
     Fault(
         "flap",
@@ -324,8 +333,8 @@ FAULTS = [
         clear,
         "lives",
         "nobody",
-        repeats=3,
         lasts=20,
+        waits=MOMENTS,
     ),
     Fault(
         "mtu-hole",
@@ -335,7 +344,7 @@ FAULTS = [
         "ends",
         "driver and keeper, each by silence, once something long is sent",
         moments=("call",),
-        repeats=5,
+        waits=("call",),
     ),
     Fault(
         "busy",
@@ -344,8 +353,9 @@ FAULTS = [
         _quiet,
         "lives",
         "nobody",
-        repeats=1,
-        lasts=120,
+        lasts=600,
+        tensor=256 * 1024,
+        waits=MOMENTS,
     ),
     Fault(
         "disk-full",
@@ -354,7 +364,7 @@ FAULTS = [
         _empty,
         "lives",
         "nobody",
-        repeats=3,
         quick=("start",),
+        waits=("idle", "start"),
     ),
 ]

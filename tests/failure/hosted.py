@@ -20,6 +20,8 @@ class Hosted:
         self.folder = folder
         self.rank = rayless.get_runtime_context().rank
         self.links: list[object] = []  # held, so that they stay open
+        self.ends: tuple[fabric.SendLink, fabric.RecvLink] | None = None
+        self.exchanged = 0
         if load:  # like loading weights: nothing is answered meanwhile
             self.arrive("load")
             self.wait_to_go()
@@ -71,6 +73,32 @@ class Hosted:
                 data = (ctypes.c_char * size)()
                 inbound.recv_payload([(ctypes.addressof(data), size)], 60)
                 assert data.raw == pattern(size, step).raw
+
+    def exchange(self, size: int) -> int:
+        """Every rank sends a tensor of `size` bytes to one on the other host and takes one from it, on links that stay open; returns
+        how many it has exchanged so far."""
+        half = rayless.get_runtime_context().world_size // 2
+        peer = (self.rank + half) % (2 * half)
+        near = self.rank < half
+        if self.ends is None:
+            if near:
+                there = fabric.send_link(peer, timeout=120)
+                self.ends = there, fabric.recv_link(peer, timeout=120)
+            else:
+                back = fabric.recv_link(peer, timeout=120)
+                self.ends = fabric.send_link(peer, timeout=120), back
+        link, inbound = self.ends
+        step = self.exchanged
+        data, came = pattern(size, step + self.rank), (ctypes.c_char * size)()
+        for sends in (near, not near):
+            if sends:
+                link.send([("x", "uint8", (size,), ctypes.addressof(data), size)], tag=step, timeout=120)
+            else:
+                inbound.recv_header(step, 120)
+                inbound.recv_payload([(ctypes.addressof(came), size)], 120)
+        assert came.raw == pattern(size, step + peer).raw
+        self.exchanged += 1
+        return self.exchanged
 
 
 def pattern(size: int, step: int) -> ctypes.Array[ctypes.c_char]:

@@ -2,6 +2,7 @@
 
     python tests/failure/matrix.py                      all of it, into docs/failure-matrix.json and .md
     python tests/failure/matrix.py --only cut --repeats 2 --out DIR
+    python tests/failure/matrix.py --lanes 10           up to ten repeats at once of what takes seconds, the rest one by one
 
 A cell is a fault at a moment of a group's life: idle, during its start (every rank is in its constructor, as when weights load), or in a
 call. Times are measured and recorded, not judged; what does not come within the patience of `stage.HANG` is a hang, and a problem.
@@ -13,7 +14,8 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from faults import FAULTS, Fault
@@ -42,12 +44,30 @@ class Cell:
     slowest_ms: list[float] = field(default_factory=list)
     #: Calls answered while the fault was there.
     calls: int = 0
+    #: Rounds of tensors that the ranks exchanged meanwhile, and the slowest of them.
+    exchanged: int = 0
+    exchange_ms: list[float] = field(default_factory=list)
     #: Lines of cause, as the driver got them, numbers replaced.
     lines: list[str] = field(default_factory=list)
     #: What was left of the group: a process, memfd, port or socket.
     left: list[str] = field(default_factory=list)
     #: Everything that was not as it must be.
     problems: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return f"{self.fault}-{self.moment}"
+
+    def add(self, other: Cell) -> None:
+        """What was seen in other repeats of the same cell."""
+        for each in fields(self):
+            mine, theirs = getattr(self, each.name), getattr(other, each.name)
+            if isinstance(mine, int):
+                setattr(self, each.name, mine + theirs)
+            elif each.name.endswith("_ms"):
+                mine += theirs
+            elif isinstance(mine, list):
+                mine += [one for one in theirs if one not in mine]
 
     def told(self, event: dict[str, object], since: float) -> None:
         """The driver was told of the end of its group."""
@@ -155,7 +175,7 @@ def _lives(stage: Stage, fault: Fault, moment: str, cell: Cell) -> None:
     else:
         stage.start()
         if moment == "call":
-            stage.driver.do("steps", period=0.01, size=2048)
+            stage.driver.do("steps", period=0.01, size=2048, tensor=fault.tensor)
         fault.inject(stage)
     time.sleep(fault.lasts)
     undone = fault.undo(stage)
@@ -173,6 +193,9 @@ def _lives(stage: Stage, fault: Fault, moment: str, cell: Cell) -> None:
         stepped = stage.driver.wait("stepped")
         cell.calls += stepped["count"]
         cell.slowest_ms.append(1000 * stepped["slowest"])
+        if fault.tensor:
+            cell.exchanged += stepped["exchanged"]
+            cell.exchange_ms.append(1000 * stepped["slowest_exchange"])
         if not stepped["ok"]:
             cell.problems.append(f"a call failed: {stepped['line']}")
     else:
@@ -204,6 +227,8 @@ def main() -> int:
     options = argparse.ArgumentParser(description="Plays the failure matrix.")
     options.add_argument("--only", default="", help="cells whose name (fault-moment) contains this")
     options.add_argument("--repeats", type=int, help="of each cell, instead of its own number")
+    options.add_argument("--lanes", type=int, default=1, help="stages at once for the cells that take seconds")
+    options.add_argument("--skip", default="", help="leave out the cells of the fault of this name")
     options.add_argument("--out", type=Path, default=RESULTS.parent, help="folder of failure-matrix.json and .md")
     options.add_argument("--note", default="", help="a sentence on the page: the machine, what else ran on it")
     options.add_argument("--logs", type=Path, default=Path("target", "failure-logs"), help="where logs of problems go")
@@ -211,11 +236,27 @@ def main() -> int:
     found: dict[str, Cell] = {}
     file = given.out / RESULTS.name
     if file.exists():  # other cells of an earlier run stay
-        found = {f"{cell['fault']}-{cell['moment']}": Cell(**cell) for cell in json.loads(file.read_text())["cells"]}
+        found = {cell.name: cell for cell in (Cell(**one) for one in json.loads(file.read_text())["cells"])}
+    given.out.mkdir(parents=True, exist_ok=True)
+
+    def done(cell: Cell) -> None:
+        found[cell.name] = cell
+        write(file, list(found.values()), given.note)
+
+    played = [(fault, moment) for fault, moment in cells(given.only) if fault.name != given.skip]
+    at_once = [(fault, moment) for fault, moment in played if given.lanes > 1 and moment in fault.waits]
+    bad = _at_once(at_once, given, done)
+    for fault, moment in at_once:
+        played.remove((fault, moment))
+    return 1 if _one_by_one(played, given, done) + bad else 0
+
+
+def _one_by_one(played: list[tuple[Fault, str]], given: argparse.Namespace, done: Callable[[Cell], None]) -> int:
+    """Plays cells on one stage; how many were not as they must be."""
     stage: Stage | None = None
     bad = 0
     try:
-        for fault, moment in cells(given.only):
+        for fault, moment in played:
             stage = stage or Stage()
             cell = Cell(fault.name, moment)
             begin = time.monotonic()
@@ -223,29 +264,43 @@ def main() -> int:
                 play(stage, fault, moment, given.repeats or fault.repeats, cell)
             except Hang as hang:
                 cell.problems.append(str(hang))
-            found[f"{fault.name}-{moment}"] = cell
             print(summary(cell), f"({time.monotonic() - begin:.0f} s)", flush=True)
             if cell.problems or cell.left:
                 bad += 1
-                stage.keep_logs(given.logs / f"{fault.name}-{moment}")
+                stage.keep_logs(given.logs / cell.name)
                 stage.close()
                 stage = None
-            given.out.mkdir(parents=True, exist_ok=True)
-            write(file, list(found.values()), given.note)
+            done(cell)
     finally:
         if stage:
             stage.close()
-    return 1 if bad else 0
+    return bad
+
+
+def _at_once(played: list[tuple[Fault, str]], given: argparse.Namespace, done: Callable[[Cell], None]) -> int:
+    """Plays the repeats of cells in lanes, the longest first; how many cells were not as they must be. What saturates the cores plays by itself."""
+    from lanes import Job, Lanes
+
+    lanes = Lanes(given.logs, done)
+    jobs = [Job(fault, moment) for fault, moment in played for _ in range(given.repeats or fault.repeats)]
+    jobs.sort(key=lambda job: -job.fault.lasts)
+    for saturates in (False, True):
+        lanes.play(given.lanes, [job for job in jobs if (job.fault.name == "busy") == saturates])
+    for what in lanes.problems:
+        print(f"PROBLEM {what}", flush=True)
+    return len(lanes.problems) + sum(bool(cell.problems or cell.left) for cell in lanes.cells.values())
 
 
 def summary(cell: Cell) -> str:
     """A cell on one line."""
-    words = [f"{cell.fault}-{cell.moment}:"]
+    words = [f"{cell.name}:"]
     for name in ("told_ms", "gone_ms", "back_ms", "start_ms", "slowest_ms"):
         if times := sorted(getattr(cell, name)):
             words.append(f"{name[:-3]} {times[len(times) // 2]:.0f}/{times[-1]:.0f}")
     if cell.calls:
         words.append(f"calls {cell.calls}")
+    if cell.exchanged:
+        words.append(f"exchanged {cell.exchanged}")
     words += [f"LEFT {what}" for what in cell.left] + [f"PROBLEM {what}" for what in cell.problems]
     return " ".join(words)
 
@@ -255,7 +310,7 @@ def write(file: Path, found: list[Cell], note: str = "") -> None:
     import page
 
     order = {f"{fault.name}-{moment}": index for index, (fault, moment) in enumerate(cells())}
-    found = sorted((c for c in found if f"{c.fault}-{c.moment}" in order), key=lambda c: order[f"{c.fault}-{c.moment}"])
+    found = sorted((c for c in found if c.name in order), key=lambda c: order[c.name])
     record = {"date": time.strftime("%Y-%m-%d"), "note": note, "cells": [asdict(cell) for cell in found]}
     file.write_text(json.dumps(record, indent=1) + "\n")
     file.with_suffix(".md").write_text(page.text(record, FAULTS))
@@ -263,4 +318,6 @@ def write(file: Path, found: list[Cell], note: str = "") -> None:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent))
-    sys.exit(main())
+    import matrix  # under its own name, as `lanes` knows it
+
+    sys.exit(matrix.main())

@@ -315,18 +315,18 @@ def main() -> int:
         while time.monotonic() < end:
             if time.monotonic() < change:
                 victim = LIVES[len(soak.turns) % len(LIVES)]
-                changed = end
             else:
-                changed = min(changed, time.monotonic())
                 victim = ENDS[sum(turn.victim in ENDS for turn in soak.turns) % len(ENDS)]
             turn = soak.play(victim)
+            if changed == begin and victim in ENDS:
+                changed = time.monotonic()
             problems += [f"turn {turn.number} ({turn.victim}): {what}" for what in turn.problems]
             print(json.dumps(asdict(turn)), flush=True)
             if turn.problems:
                 stage.keep_logs(given.logs / f"turn-{turn.number}")
     finally:
         sampler.end()
-        rows, grown = soak_page.growth(sampler.seen, begin, min(changed, time.monotonic()), time.monotonic())
+        rows, grown = soak_page.growth(sampler.seen, begin, changed, time.monotonic())
         kinds, fatter = soak_page.generations(sampler.seen)
         problems += grown + fatter
         record = {

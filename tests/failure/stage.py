@@ -10,8 +10,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -51,6 +53,51 @@ class Process:
 
     def close(self) -> None:
         os.close(self._fd)
+
+
+class Saturation:
+    """Eight busy loops a core at normal priority, shared by all who ask for them at the same time."""
+
+    #: Processes like this one that ask for them at the same time, too: each starts its share.
+    sharers = 1
+
+    #: Ends with the test that started it, however that ends (PR_SET_PDEATHSIG of SIGKILL).
+    LOOP = "import ctypes\nctypes.CDLL(None).prctl(1, 9)\nwhile True: pass"
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._askers = 0
+        self._loops: list[subprocess.Popen[bytes]] = []
+
+    def begin(self) -> None:
+        with self._lock:
+            self._askers += 1
+            if self._askers > 1:
+                return
+            # A session each: where Linux weighs sessions against each other (sched_autogroup), loops that share one would have
+            # together what a single daemon has. The signal at the parent's end is sent when the *thread* ends that started
+            # them, so one that lives as long as the process does it.
+            self._loops = _keeper_of_loops.submit(self._start).result()
+
+    def _start(self) -> list[subprocess.Popen[bytes]]:
+        command = [sys.executable, "-c", self.LOOP]
+        count = -(-8 * (os.cpu_count() or 1) // self.sharers)
+        return [subprocess.Popen(command, start_new_session=True) for _ in range(count)]
+
+    def end(self) -> None:
+        with self._lock:
+            self._askers -= 1
+            if self._askers:
+                return
+            for each in self._loops:
+                each.kill()
+            for each in self._loops:
+                each.wait()
+            self._loops = []
+
+
+_keeper_of_loops = ThreadPoolExecutor(1)
+saturation = Saturation()
 
 
 class Driver:
@@ -141,7 +188,7 @@ class Ground:
         small_disk: bool = True,
     ) -> None:
         self._exit = contextlib.ExitStack()
-        self._busy: list[subprocess.Popen[bytes]] = []
+        self._busy = False
         try:
             self.a, self.b, self.wire = self._exit.enter_context(wired_hosts(seed=seed))
             hosts = [self.a, self.b]
@@ -168,17 +215,17 @@ class Ground:
             self.cluster.join(1)
 
     def make_busy(self) -> None:
-        """Starts eight busy loops a core."""
-        count = 8 * (os.cpu_count() or 1)
-        self._busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+        """Saturates every core of the machine, for as long as anybody asks for it."""
+        if not self._busy:
+            self._busy = True
+            self.wire.ahead()
+            saturation.begin()
 
     def make_quiet(self) -> None:
-        """Ends them."""
-        for each in self._busy:
-            each.kill()
-        for each in self._busy:
-            each.wait()
-        self._busy = []
+        """No longer asks for it."""
+        if self._busy:
+            self._busy = False
+            saturation.end()
 
     def _small_disk(self) -> None:
         """Gives host b's run dir a file system of its own, so that it can be filled."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import signal
 import threading
 import weakref
@@ -232,3 +233,76 @@ def test_only_workers_have_links_to_other_ranks() -> None:
         fabric.link_pair("carrier pigeon")
     with pytest.raises(LinkUnavailableError):
         fabric.link_pair("rdma")
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_forked_child_neither_uses_nor_breaks_its_parents_links(transport: str) -> None:
+    sender, receiver = fabric.link_pair(transport)
+    large = Memory(b"l" * (32 << 20))
+    # Both ends' threads run, and a message is on its way.
+    handle = sender.isend([large.tensor()], None, 0, large)
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        said = []
+        calls = (
+            lambda: sender.send([Memory(b"x").tensor()]),
+            lambda: receiver.recv_header(None, 10),
+            lambda: handle.wait(10),
+        )
+        for call in calls:
+            try:
+                call()
+            except LinkLostError as error:
+                said.append("forked from" in str(error))
+        # Its own links work, and are watched.
+        own, other = fabric.link_pair(transport)
+        own.send([Memory(b"child").tensor()])
+        said.append(received(other)[1] == [b"child"])
+        del sender, receiver, handle, own, other
+        gc.collect()
+        os.write(write, repr(said).encode())
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        assert pipe.read() == repr([True] * 4)
+    assert os.waitpid(child, 0)[1] == 0
+    assert received(receiver, 0)[1] == [large.data]
+    handle.wait(10)
+    sender.send([Memory(b"after").tensor()])
+    assert received(receiver)[1] == [b"after"]
+    sender.close()
+    with pytest.raises(LinkClosedError):
+        receiver.recv_header(None, 10)
+
+
+def test_a_peers_end_is_seen_although_a_forked_child_lives_on() -> None:
+    for transport in TRANSPORTS:
+        sender, receiver = fabric.link_pair(transport)
+        hold, release = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(release)
+            os.read(hold, 1)
+            os._exit(0)
+        os.close(hold)
+        # An end without a goodbye: a message that is given up in the middle.
+        memory = Memory(b"x" * (32 << 20))
+        sender.isend([memory.tensor()], None, 0, memory)
+        del sender
+        gc.collect()
+        with pytest.raises(LinkLostError):
+            received(receiver)
+        os.close(release)
+        assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_long_payload_over_shared_memory_takes_one_copy_and_says_so() -> None:
+    sender, receiver = fabric.link_pair("shm")
+    assert (sender.report()["mode"], receiver.report()["mode"]) == ("cma", "cma")
+    tcp = fabric.link_pair("tcp")
+    assert [end.report()["mode"] for end in tcp] == [None, None]
+    one, two = Memory(os.urandom(3 << 20)), Memory(os.urandom(5 << 20))
+    handle = sender.isend([one.tensor("one"), two.tensor("two")], None, 0, (one, two))
+    assert received(receiver, 0)[1] == [one.data, two.data]
+    handle.wait(10)

@@ -15,9 +15,9 @@ import pytest
 TESTS = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(TESTS / "failure"), str(TESTS / "wire")]
 
+from engine_cells import EngineCell, play, summary
 from engine_faults import BY_NAME
 from engine_stage import CLOCK_LIBRARY, EngineStage
-from engines import EngineCell, play, summary
 
 from wire import unavailable
 

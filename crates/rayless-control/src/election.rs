@@ -11,6 +11,8 @@
 //!   it does anything else ([`Candidate::holds`] is asked before each decision and before each message that leaves).
 //! - **E3** The clock may stand still with the machine. So a term is never used twice, it is on every message, and nodes refuse
 //!   a lower one than they have seen: what slips through E1 and E2 is not obeyed.
+//! - **E5** Who does not have the cluster's present token has no seat: nobody could join it. The store names the authority of a token that the
+//!   head and all who live accept; a candidate that lacks it has missed a rotation.
 //! - **E4** A lease that was not renewed in time is never used again, even if the store still has it: the next one brings a new term.
 //!
 //! The time handed in should be one that counts a suspended machine's sleep (CLOCK_BOOTTIME).
@@ -48,6 +50,8 @@ pub struct CandidateConfig {
     pub seen: Term,
     /// The store, for messages to people.
     pub store: String,
+    /// Names of the authorities of the tokens that this daemon accepts.
+    pub authorities: Vec<String>,
 }
 
 /// What is in the store, at one moment of it.
@@ -63,6 +67,8 @@ pub struct View {
     pub term: Term,
     /// The cluster, once there was a head.
     pub cluster: Option<ClusterId>,
+    /// Name of the authority that whoever may be the head must accept, once a head has named one.
+    pub authority: Option<String>,
 }
 
 /// The key of the head.
@@ -113,6 +119,13 @@ pub enum Input {
     Observed(View),
     /// A node has been a member under this term.
     Superseded(Term),
+    /// The tokens that this daemon accepts have changed, or who else has them.
+    Authorities {
+        /// Names of the authorities that it accepts.
+        held: Vec<String>,
+        /// While it is the head: the one of them that every candidate must have from here on.
+        wanted: String,
+    },
     /// The user stops this daemon; it decides nothing any more.
     Leave,
     /// [`Candidate::next_timeout`] has come.
@@ -153,6 +166,14 @@ pub enum Effect {
         /// The cluster: that in the store, or else this daemon's proposal.
         cluster: ClusterId,
     },
+    /// While the head's key has this revision, have the store name this authority as the one that a candidate must have. Not
+    /// answered: it is asked again with each renewal, until the view shows it.
+    NameAuthority {
+        /// Revision of the head's key.
+        key_revision: u64,
+        /// The authority.
+        authority: String,
+    },
     /// Give the lease back, and with it seat and key: the next one takes over at once.
     GiveBack(u64),
     /// This daemon is the head from here on.
@@ -178,6 +199,8 @@ enum State {
     },
     /// Asked for one.
     Registering,
+    /// Has given it back, for it lacks the cluster's present token (E5). The store is watched all the same.
+    Barred,
     /// Has one: sure until `sure`.
     Standing {
         lease: u64,
@@ -211,6 +234,8 @@ pub struct Candidate {
     view: Option<View>,
     told: Vec<HeadSeat>,
     trouble: Option<String>,
+    /// As the head: the authority that a candidate must have.
+    wanted: Option<String>,
     effects: VecDeque<Effect>,
 }
 
@@ -231,6 +256,7 @@ impl Candidate {
             view: None,
             told: Vec::new(),
             trouble: None,
+            wanted: None,
             effects: VecDeque::new(),
         };
         candidate.register(now);
@@ -253,7 +279,7 @@ impl Candidate {
     /// Who is the head, for those who take this daemon for it. Without a lease this candidate sees nothing of the store, and does
     /// not know.
     pub fn head(&self) -> Option<(&HeadSeat, Term, ClusterId)> {
-        if !matches!(self.state, State::Standing { .. } | State::Active { .. }) {
+        if !matches!(self.state, State::Standing { .. } | State::Active { .. } | State::Barred) {
             return None;
         }
         let view = self.view.as_ref()?;
@@ -266,8 +292,18 @@ impl Candidate {
         self.told.iter().filter(|seat| seat.node != self.config.seat.node)
     }
 
+    /// Whether it may not be the head, for it has missed a rotation of the cluster's token: one line.
+    pub fn barred(&self) -> Option<String> {
+        matches!(self.state, State::Barred).then(|| {
+            "this daemon cannot be the head: the cluster's token was rotated while it was away, and the one it has is no longer in force".to_owned()
+        })
+    }
+
     /// Why no head is known, or what is amiss; `None` while all is well.
     pub fn trouble(&self) -> Option<String> {
+        if let Some(line) = self.barred() {
+            return Some(line);
+        }
         let store = &self.config.store;
         match (&self.trouble, &self.view) {
             (Some(cause), _) => Some(format!("the store at {store} does not answer ({cause}), so nobody may decide")),
@@ -286,7 +322,7 @@ impl Candidate {
     pub fn next_timeout(&self) -> Option<Instant> {
         match self.state {
             State::Resting { until } => Some(until),
-            State::Registering | State::Ended => None,
+            State::Registering | State::Barred | State::Ended => None,
             State::Standing { sure, .. } | State::Active { sure, .. } if self.renewing.is_some() => Some(sure),
             State::Standing { sure, .. } | State::Active { sure, .. } => Some(sure.min(self.renew_at)),
         }
@@ -309,6 +345,7 @@ impl Candidate {
                     if let State::Standing { sure, .. } | State::Active { sure, .. } = &mut self.state {
                         *sure = until;
                     }
+                    self.name_authority();
                     // A claim that came to nothing, or a change that was missed.
                     self.claim_if_free(now);
                 }
@@ -335,6 +372,12 @@ impl Candidate {
                     self.give_up(&format!("a node has been a member under term {}", term.0), now);
                     self.register(now);
                 }
+            }
+            Input::Authorities { held, wanted } => {
+                self.config.authorities = held;
+                self.wanted = Some(wanted);
+                self.name_authority();
+                self.check_token(now);
             }
             Input::Leave => {
                 if let State::Standing { lease, .. } | State::Active { lease, .. } = self.state {
@@ -394,7 +437,37 @@ impl Candidate {
             return;
         }
         self.state = State::Standing { lease, sure };
+        self.check_token(now);
         self.claim_if_free(now);
+    }
+
+    /// E5.
+    fn check_token(&mut self, now: Instant) {
+        let named = self.view.as_ref().and_then(|view| view.authority.as_ref());
+        let lacks = named.is_some_and(|authority| !self.config.authorities.contains(authority));
+        match self.state {
+            State::Standing { lease, .. } if lacks => {
+                (self.renewing, self.claiming) = (None, None);
+                self.state = State::Barred;
+                self.effects.push_back(Effect::GiveBack(lease));
+                self.effects.extend(self.barred().map(Effect::Talk));
+            }
+            State::Barred if !lacks => {
+                self.effects
+                    .push_back(Effect::Talk("this daemon has the cluster's present token: it stands by again".into()));
+                self.register(now);
+            }
+            _ => {}
+        }
+    }
+
+    /// As the head: has the store say what a candidate must have, if it does not yet.
+    fn name_authority(&mut self) {
+        let State::Active { since, .. } = self.state else { return };
+        let named = self.view.as_ref().and_then(|view| view.authority.as_ref());
+        if let Some(authority) = self.wanted.as_ref().filter(|wanted| named != Some(wanted)) {
+            self.effects.push_back(Effect::NameAuthority { key_revision: since, authority: authority.clone() });
+        }
     }
 
     fn on_failed(&mut self, attempt: Attempt, cause: String, now: Instant) {
@@ -450,8 +523,9 @@ impl Candidate {
             && throne.lease == lease
         {
             self.claiming = None;
-            self.on_claimed(throne.term, cluster, revision);
+            self.on_claimed(throne.term, cluster, throne.revision);
         }
+        self.check_token(now);
         if heads != self.told {
             self.told.clone_from(&heads);
             self.effects.push_back(Effect::Heads(heads));
@@ -469,7 +543,8 @@ impl Candidate {
         }
         let known_cluster = view.cluster;
         let (after, key_revision) = (view.term, view.head.as_ref().map_or(0, |throne| throne.revision));
-        let term = Term(self.config.seen.max(after).0 + 1);
+        // There is none after the last: who has seen that one has been lied to, and is no head.
+        let Some(term) = self.config.seen.max(after).0.checked_add(1).map(Term) else { return };
         let attempt = self.next_attempt();
         self.claiming = Some((attempt, now));
         let cluster = known_cluster.unwrap_or(self.config.cluster);
@@ -482,6 +557,7 @@ impl Candidate {
         self.config.seen = self.config.seen.max(term);
         self.state = State::Active { lease, sure, term, cluster, since: revision };
         self.effects.push_back(Effect::Activate { term, cluster });
+        self.name_authority();
     }
 
     /// Leaves the lease (E4). Where this was the head, it is not any more.

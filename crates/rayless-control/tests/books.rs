@@ -15,7 +15,8 @@ use rayless_proto::{
     resources::{CPU, GPU, Quantity, Resources, Strategy},
     v1::{
         control::{
-            GpuInfo, GroupSpec, HeldGroup, HeldPlacementGroup, NodeInfo, RankAllocation, ToHead, ToNode, WorkerState,
+            GpuInfo, GroupSpec, HeldGroup, HeldPlacementGroup, NodeInfo, RankAllocation, Requester, ToHead, ToNode,
+            WorkerState,
         },
         link::LinkSettings,
         rdma::RdmaInventory,
@@ -30,12 +31,15 @@ use std::{
 const NODES: usize = 3;
 const GPUS: u32 = 4;
 
+/// What a keeper was started with: name, world size, driver's node, ranks, whose request.
+type Started = (String, u32, NodeId, Vec<RankAllocation>, Option<Requester>);
+
 /// What is really on a node.
 #[derive(Default)]
 struct Truth {
     incarnation: u64,
     session: Option<SessionId>,
-    keepers: BTreeMap<GroupId, (String, u32, NodeId, Vec<RankAllocation>)>,
+    keepers: BTreeMap<GroupId, Started>,
     bundles: BTreeMap<PlacementGroupId, HeldPlacementGroup>,
     requests: u64,
 }
@@ -118,8 +122,8 @@ impl Table {
             return;
         }
         let answer = match message {
-            ToNode::StartKeeper { group, name, world_size, driver_node, ranks } => {
-                truth.keepers.entry(group).or_insert((name, world_size, driver_node, ranks));
+            ToNode::StartKeeper { group, name, world_size, driver_node, ranks, requester } => {
+                truth.keepers.entry(group).or_insert((name, world_size, driver_node, ranks, requester));
                 self.groups.push(group);
                 ToHead::KeeperReady { group }
             }
@@ -157,7 +161,7 @@ impl Table {
 
     fn join(&mut self, node: usize) -> ToHead {
         let truth = &self.nodes[node];
-        let held = truth.keepers.iter().map(|(group, (name, world_size, driver_node, ranks))| HeldGroup {
+        let held = truth.keepers.iter().map(|(group, (name, world_size, driver_node, ranks, requester))| HeldGroup {
             group: *group,
             name: name.clone(),
             world_size: *world_size,
@@ -166,6 +170,8 @@ impl Table {
             pids: vec![7; ranks.len()],
             states: vec![WorkerState::Ready; ranks.len()],
             links: Vec::new(),
+            // Of every other group the driver has not come.
+            launch: requester.filter(|r| r.request % 2 == 0),
         });
         ToHead::Join {
             info: info(node, truth.incarnation),
@@ -173,6 +179,8 @@ impl Table {
             seen: None,
             held: held.collect(),
             ended: Vec::new(),
+            asks: (0..8).collect(),
+            told: (8..16).collect(),
             held_placement_groups: truth.bundles.values().cloned().collect(),
         }
     }

@@ -61,6 +61,8 @@ fn join(info: NodeInfo) -> ToHead {
         seen: None,
         held: Vec::new(),
         ended: Vec::new(),
+        asks: Vec::new(),
+        told: Vec::new(),
         held_placement_groups: Vec::new(),
     }
 }
@@ -276,6 +278,7 @@ fn a_request_that_is_asked_again_is_answered_again() {
         pids: vec![0],
         states: vec![WorkerState::Starting],
         links: Vec::new(),
+        launch: None,
     };
     let mut again = join(info(1, 1));
     if let ToHead::Join { held: all, .. } = &mut again {
@@ -304,7 +307,7 @@ fn a_joining_node_hears_of_its_peers_and_a_leaving_one_takes_its_part_along() {
     let message = ToHead::CreateGroup { request: 1, spec: GroupSpec { bundles, driver_node: id(1), ..spec(1, 0) } };
     b.give(Input::Message { session: SessionId(1), message });
     let starts: Vec<_> = b.sent.drain(..).collect();
-    let (session, ToNode::StartKeeper { group, name, world_size, driver_node, ranks }) = starts[1].clone() else {
+    let (session, ToNode::StartKeeper { group, name, world_size, driver_node, ranks, .. }) = starts[1].clone() else {
         panic!("{starts:?}")
     };
     for session in [1, 2] {
@@ -322,6 +325,7 @@ fn a_joining_node_hears_of_its_peers_and_a_leaving_one_takes_its_part_along() {
         pids: vec![5, 6],
         states: vec![WorkerState::Ready; 2],
         links: Vec::new(),
+        launch: None,
     };
     let mut again = join(info(2, 1));
     if let ToHead::Join { held: all, .. } = &mut again {

@@ -1,12 +1,16 @@
 //! What a hop cannot be faster than, for benches/links.py: `floors tcp-listen ADDRESS`, `floors tcp-to ADDRESS BYTES SECONDS`,
-//! `floors shm BYTES SECONDS`.
+//! `floors bulk-listen ADDRESS`, `floors bulk-to ADDRESS STREAMS BYTES SECONDS CONGESTION`, `floors shm BYTES SECONDS`.
 //!
-//! tcp: a ping-pong of plain blocking reads and writes over one connection; half of a round trip. shm: a ping-pong over two
+//! tcp: a ping-pong of plain blocking reads and writes over one connection; half of a round trip. bulk: so many streams one
+//! way, all sent by one thread and read by one thread, from and to a buffer of so many bytes: what memory costs beside iperf3, whose
+//! buffers stay in the cache. shm: a ping-pong over two
 //! futex words between two processes, which sleep (`futex_us`) or look again and again first, as links do (`spin_us`);
 //! and copying so many bytes (`memcpy_us`). Prints JSON.
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a program of measurements ends with the first error")]
 
+use rayless_net::congestion::Congestion;
 use rustix::{
+    event::{PollFd, PollFlags, poll},
     fd::{AsFd, BorrowedFd},
     fs::{MemfdFlags, ftruncate, memfd_create},
     mm::{MapFlags, ProtFlags, mmap},
@@ -14,8 +18,8 @@ use rustix::{
 };
 use std::{
     hint::black_box,
-    io::{Read, Write, stdin},
-    net::{TcpListener, TcpStream},
+    io::{ErrorKind, Read, Write, stdin},
+    net::{Shutdown, TcpListener, TcpStream},
     process::{Command, Stdio},
     ptr,
     sync::atomic::{AtomicU32, Ordering},
@@ -28,9 +32,13 @@ fn main() {
     match words.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["tcp-listen", address] => tcp_listen(address),
         ["tcp-to", address, bytes, seconds] => tcp_to(address, bytes.parse().unwrap(), span(seconds)),
+        ["bulk-listen", address] => bulk_listen(address),
+        ["bulk-to", address, streams, bytes, seconds, congestion] => {
+            bulk_to(address, streams.parse().unwrap(), bytes.parse().unwrap(), span(seconds), congestion);
+        }
         ["futex-peer", spin_us] => answer(words_of(stdin().as_fd()), Duration::from_micros(spin_us.parse().unwrap())),
         ["shm", bytes, seconds] => shm(bytes.parse().unwrap(), span(seconds)),
-        _ => panic!("usage: floors tcp-listen ADDRESS | tcp-to ADDRESS BYTES SECONDS | shm BYTES SECONDS"),
+        _ => panic!("usage: see the head of floors.rs"),
     }
 }
 
@@ -80,6 +88,73 @@ fn tcp_to(address: &str, bytes: usize, time: Duration) {
         stream.read_exact(&mut data).unwrap();
     });
     println!("{{\"p50_us\":{:.3},\"p99_us\":{:.3}}}", p50 / 2.0, p99 / 2.0);
+}
+
+/// Bytes of one system call, as iperf3 has it.
+const BULK: usize = 128 << 10;
+
+/// Takes one caller after the other: on its first stream two numbers of 8 bytes, the streams and the buffer's size; then all that comes,
+/// and the count of it back.
+fn bulk_listen(address: &str) {
+    let listener = TcpListener::bind(address).unwrap();
+    println!("{}", listener.local_addr().unwrap());
+    loop {
+        let mut first = listener.accept().unwrap().0;
+        let mut head = [0; 16];
+        first.read_exact(&mut head).unwrap();
+        let [streams, bytes] = [0, 8].map(|at| u64::from_le_bytes(head[at..at + 8].try_into().unwrap()) as usize);
+        let mut streams: Vec<TcpStream> =
+            std::iter::once(first).chain((1..streams).map(|_| listener.accept().unwrap().0)).collect();
+        streams.iter().for_each(|stream| stream.set_nonblocking(true).unwrap());
+        (&streams[0]).write_all(&[1]).unwrap();
+        let (mut data, mut at, mut total) = (vec![0u8; bytes], 0, 0u64);
+        let mut open = vec![true; streams.len()];
+        while open.contains(&true) {
+            ready(&streams, &open, PollFlags::IN);
+            for (stream, open) in streams.iter_mut().zip(&mut open).filter(|(_, open)| **open) {
+                at = if at + BULK > bytes { 0 } else { at };
+                match stream.read(&mut data[at..(at + BULK).min(bytes)]) {
+                    Ok(0) => *open = false,
+                    Ok(count) => (at, total) = (at + count, total + count as u64),
+                    Err(error) => assert_eq!(error.kind(), ErrorKind::WouldBlock),
+                }
+            }
+        }
+        (&streams[0]).write_all(&total.to_le_bytes()).unwrap();
+    }
+}
+
+fn bulk_to(address: &str, count: usize, bytes: usize, time: Duration, congestion: &str) {
+    let congestion: Congestion = congestion.parse().unwrap();
+    let dial = |_| congestion.connect(address.parse().unwrap(), Duration::from_secs(10)).unwrap();
+    let mut streams: Vec<TcpStream> = (0..count).map(dial).collect();
+    streams[0].write_all(&[count as u64, bytes as u64].map(u64::to_le_bytes).concat()).unwrap();
+    streams[0].read_exact(&mut [0]).unwrap();
+    streams.iter().for_each(|stream| stream.set_nonblocking(true).unwrap());
+    let (data, mut at) = (vec![1u8; bytes], 0);
+    let begin = Instant::now();
+    while begin.elapsed() < time {
+        ready(&streams, &vec![true; count], PollFlags::OUT);
+        for stream in &mut streams {
+            at = if at + BULK > bytes { 0 } else { at };
+            match stream.write(&data[at..(at + BULK).min(bytes)]) {
+                Ok(count) => at += count,
+                Err(error) => assert_eq!(error.kind(), ErrorKind::WouldBlock),
+            }
+        }
+    }
+    streams.iter().for_each(|stream| stream.shutdown(Shutdown::Write).unwrap());
+    streams[0].set_nonblocking(false).unwrap();
+    let mut total = [0; 8];
+    streams[0].read_exact(&mut total).unwrap();
+    println!("{{\"gb_s\":{:.3}}}", u64::from_le_bytes(total) as f64 / begin.elapsed().as_secs_f64() / 1e9);
+}
+
+/// Sleeps until one of the open ones is ready.
+fn ready(streams: &[TcpStream], open: &[bool], flags: PollFlags) {
+    let open = streams.iter().zip(open).filter(|(_, open)| **open);
+    let mut fds: Vec<PollFd<'_>> = open.map(|(stream, _)| PollFd::new(stream, flags)).collect();
+    poll(&mut fds, None).unwrap();
 }
 
 /// What the peer ends at.

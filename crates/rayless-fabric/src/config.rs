@@ -10,9 +10,12 @@ pub struct LinkConfig {
     pub max_message: u64,
     /// Whether each payload carries a checksum (`--verify-links`). Default: no.
     pub verify: bool,
-    /// How long an operation that has to wait looks again and again before it sleeps. It yields the CPU between
-    /// two looks, and a yield that comes back late ends the spinning for a second. Default: 50 µs; zero: sleep at once.
+    /// How long an operation that has to wait looks again and again before it sleeps, where looking pays (see
+    /// [`spin`](crate::spin)). Default: 50 µs; zero: sleep at once.
     pub spin: Duration,
+    /// Whether long payloads over shared memory may go by one copy, where the system lets the receiver read the sender's memory.
+    /// Default: yes.
+    pub one_copy: bool,
     /// Element types that this end takes. Default: all.
     pub dtypes: DTypeSet,
     /// How long the handshake may take. Default: 5 s.
@@ -25,6 +28,7 @@ impl Default for LinkConfig {
             max_message: 1 << 30,
             verify: false,
             spin: Duration::from_micros(50),
+            one_copy: true,
             dtypes: DTypeSet::ALL,
             handshake: Duration::from_secs(5),
         }

@@ -27,10 +27,15 @@
 
 mod accept;
 mod backoff;
+#[cfg(any(test, fuzzing))]
+mod canned;
 mod config;
 pub mod cuda;
 mod dtype;
 mod error;
+mod fork;
+#[cfg(fuzzing)]
+pub mod fuzzed;
 mod greeting;
 mod header;
 mod name;

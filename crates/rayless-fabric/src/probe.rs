@@ -5,7 +5,7 @@ use std::{
     fmt,
     sync::{
         OnceLock,
-        atomic::{AtomicU8, AtomicU64, Ordering},
+        atomic::{AtomicU8, AtomicU64, Ordering, fence},
     },
 };
 
@@ -50,6 +50,9 @@ impl fmt::Display for Phase {
 /// Told of each whole message, by the thread that moved it: the number of messages so far.
 type Follower = Box<dyn Fn(u64) + Send + Sync>;
 
+/// Told once that the link is lost.
+type Mourner = Box<dyn Fn() + Send + Sync>;
+
 /// A view on one end of a link that any thread may read at any time.
 pub struct Probe {
     name: LinkName,
@@ -58,6 +61,8 @@ pub struct Probe {
     bytes: AtomicU64,
     phase: AtomicU8,
     follower: OnceLock<Follower>,
+    loss: OnceLock<String>,
+    mourner: OnceLock<Mourner>,
 }
 
 impl Probe {
@@ -69,6 +74,8 @@ impl Probe {
             bytes: AtomicU64::new(0),
             phase: AtomicU8::new(0),
             follower: OnceLock::new(),
+            loss: OnceLock::new(),
+            mourner: OnceLock::new(),
         }
     }
 
@@ -94,13 +101,39 @@ impl Probe {
 
     /// What this end is doing.
     pub fn phase(&self) -> Phase {
-        PHASES[usize::from(self.phase.load(Ordering::Relaxed)) % PHASES.len()].0
+        PHASES[usize::from(self.phase.load(Ordering::Acquire)) % PHASES.len()].0
     }
 
     /// Has `follower` called after each whole message from here on, with the number of messages so far. It runs within the
     /// hop: it must be quick and must not wait. A second follower is ignored.
     pub fn follow(&self, follower: impl Fn(u64) + Send + Sync + 'static) {
         let _ = self.follower.set(Box::new(follower));
+    }
+
+    /// Why the link is lost, in one line; `None` while it is not.
+    pub fn loss(&self) -> Option<&str> {
+        self.loss.get().map(String::as_str)
+    }
+
+    /// Has `mourner` called when the link is lost, by the thread that finds out; at once where it is lost already. A second
+    /// one is ignored.
+    pub fn on_loss(&self, mourner: impl Fn() + Send + Sync + 'static) {
+        let _ = self.mourner.set(Box::new(mourner));
+        // Each side writes its own and then reads the other's: one of them sees both.
+        fence(Ordering::SeqCst);
+        if let (Some(_), Some(mourner)) = (self.loss.get(), self.mourner.get()) {
+            mourner();
+        }
+    }
+
+    pub(crate) fn lose(&self, cause: &str) {
+        // Before the phase: who reads that it is lost may ask why.
+        let _ = self.loss.set(cause.to_owned());
+        self.phase.store(Phase::Lost as u8, Ordering::Release);
+        fence(Ordering::SeqCst);
+        if let Some(mourner) = self.mourner.get() {
+            mourner();
+        }
     }
 
     pub(crate) fn enter(&self, phase: Phase) {

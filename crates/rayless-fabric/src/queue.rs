@@ -9,6 +9,7 @@ use crate::{
     backoff::Backoff,
     dtype::DType,
     error::{Lost, LostKind, SendError, TransportError},
+    fork::{NOT_HERE, Origin},
     header::DevicePath,
     name::LinkName,
     probe::Probe,
@@ -70,6 +71,7 @@ pub enum DevicePayload {
 pub struct SendQueue {
     shared: Arc<Shared>,
     name: LinkName,
+    origin: Origin,
     limits: PeerLimits,
     cancel: Cancel,
     probe: Arc<Probe>,
@@ -146,6 +148,7 @@ impl SendQueue {
         };
         Self {
             name: link.name(),
+            origin: Origin::here(),
             limits: link.limits(),
             cancel: link.canceller(),
             probe: link.probe(),
@@ -170,11 +173,15 @@ impl SendQueue {
 
     /// What the transport has counted; `None` while a message is on its way in the queue's thread.
     pub fn counters(&self) -> Option<Counters> {
+        check_origin(self.origin, self.name).ok()?;
         self.shared.lock().link.as_ref().map(SendLink::counters)
     }
 
     /// Messages that have been accepted and have not left yet.
     pub fn pending(&self) -> u64 {
+        if !self.origin.is_here() {
+            return 0;
+        }
         let state = self.shared.lock();
         state.accepted - state.left
     }
@@ -187,6 +194,7 @@ impl SendQueue {
         extra: Extra<'_>,
         own: impl FnOnce() -> Vec<OwnedTensor>,
     ) -> Result<SendHandle, SendError> {
+        check_origin(self.origin, self.name)?;
         let mut guard = self.shared.lock();
         let state = &mut *guard;
         if let Some(error) = &state.failed {
@@ -232,6 +240,7 @@ impl SendQueue {
         path: DevicePath,
         payload: impl FnOnce() -> Result<DevicePayload, String>,
     ) -> Result<SendHandle, SendError> {
+        check_origin(self.origin, self.name)?;
         let mut guard = self.shared.lock();
         let state = &mut *guard;
         if let Some(error) = &state.failed {
@@ -308,6 +317,7 @@ impl SendQueue {
     ///
     /// A wait that ends before the first byte has left gives [`SendError::Stopped`], and the link stays usable.
     pub fn send(&mut self, tensors: &[TensorRef<'_>], extra: Extra<'_>, wait: &Wait<'_>) -> Result<(), SendError> {
+        check_origin(self.origin, self.name)?;
         let mut state = self.shared.lock();
         // The thread puts the link back before it counts a message as gone; no other message comes in meanwhile.
         while state.left < state.accepted && state.failed.is_none() {
@@ -341,6 +351,7 @@ impl SendQueue {
     /// Waits until everything has left, then closes the link in order. Gives false when the wait ended before that:
     /// the queue is then still open.
     pub fn close(&mut self, wait: &Wait<'_>) -> Result<bool, SendError> {
+        check_origin(self.origin, self.name)?;
         let last = self.shared.lock().accepted;
         if last > 0 && !self.handle(last - 1).wait(wait)? {
             return Ok(false);
@@ -354,7 +365,7 @@ impl SendQueue {
     }
 
     fn handle(&self, number: u64) -> SendHandle {
-        SendHandle { shared: Arc::clone(&self.shared), number }
+        SendHandle { shared: Arc::clone(&self.shared), name: self.name, origin: self.origin, number }
     }
 }
 
@@ -440,6 +451,14 @@ fn send_chunks(link: &mut SendLink, source: &mut dyn Source) -> Result<(), SendE
     Ok(())
 }
 
+/// In a process forked from the queue's own the lock may be held for ever, by a thread that is not there.
+fn check_origin(origin: Origin, link: LinkName) -> Result<(), SendError> {
+    if origin.is_here() {
+        return Ok(());
+    }
+    Err(Lost { link, sequence: 0, kind: LostKind::Abandoned, cause: NOT_HERE.to_owned() }.into())
+}
+
 /// Starts the queue's thread if it does not run yet.
 fn start_thread(
     thread: &mut Option<JoinHandle<()>>,
@@ -468,12 +487,15 @@ fn start_thread(
 /// One accepted message.
 pub struct SendHandle {
     shared: Arc<Shared>,
+    name: LinkName,
+    origin: Origin,
     number: u64,
 }
 
 impl SendHandle {
     /// Whether the message has left, so that its tensors may be written again.
     pub fn is_done(&self) -> Result<bool, SendError> {
+        check_origin(self.origin, self.name)?;
         let state = self.shared.lock();
         self.outcome(&state)
     }
@@ -481,6 +503,7 @@ impl SendHandle {
     /// Waits until the message has left. Gives false when the wait ended before that; the message is still on
     /// its way.
     pub fn wait(&self, wait: &Wait<'_>) -> Result<bool, SendError> {
+        check_origin(self.origin, self.name)?;
         let mut state = self.shared.lock();
         loop {
             if self.outcome(&state)? {
@@ -517,6 +540,11 @@ impl fmt::Debug for SendQueue {
 impl Drop for SendQueue {
     /// Gives up what has not left yet; [`SendQueue::close`] first to wait for it.
     fn drop(&mut self) {
+        if !self.origin.is_here() {
+            // Its thread is not here either, and may have held the lock.
+            std::mem::forget(self.thread.take());
+            return;
+        }
         self.cancel.cancel();
         self.shared.lock().closing = true;
         self.shared.changed.notify_all();

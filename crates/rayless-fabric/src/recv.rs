@@ -3,6 +3,7 @@
 use crate::{
     config::LinkConfig,
     error::{Lost, LostKind, RecvError, Rejected, RejectedKind, TransportError},
+    fork::{NOT_HERE, NotInChildren, Origin},
     header::{DevicePath, HEADER, Header, Kind},
     name::LinkName,
     probe::{Phase, Probe},
@@ -13,7 +14,7 @@ use crate::{
     transport::{Counters, Inbound, Level, SharedPage},
     wait::{Cancel, Stop, Wait},
 };
-use std::{fmt, sync::Arc};
+use std::{fmt, mem::ManuallyDrop, sync::Arc};
 
 /// What a message announces about itself.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -31,7 +32,9 @@ pub struct Announced {
 /// The receiving end of a link.
 pub struct RecvLink {
     name: LinkName,
-    transport: Box<dyn Inbound>,
+    transport: ManuallyDrop<Box<dyn Inbound>>,
+    origin: Origin,
+    held: NotInChildren,
     max_message: u64,
     verify: bool,
     spin: Spin,
@@ -90,7 +93,9 @@ impl RecvLink {
             spin: Spin::new(config.spin),
             cancel: Cancel::new(transport.waker()),
             probe: Arc::new(Probe::new(name, transport.level())),
-            transport,
+            origin: Origin::here(),
+            held: NotInChildren::new(transport.descriptors()),
+            transport: ManuallyDrop::new(transport),
             schemas: ReceivedSchemas::default(),
             head: [0; HEADER],
             schema: Vec::new(),
@@ -113,6 +118,11 @@ impl RecvLink {
     /// The RDMA device in use.
     pub fn device(&self) -> Option<&str> {
         self.transport.device()
+    }
+
+    /// How the transport works where it has several ways: `cma`, or `ring` and perhaps why, for shared memory.
+    pub fn mode(&self) -> Option<&str> {
+        self.transport.mode()
     }
 
     /// A view for other threads.
@@ -357,7 +367,7 @@ impl RecvLink {
     /// Closes this end: the sender's next call fails. Dropping does the same.
     pub fn close(&mut self) {
         if !matches!(self.state, State::Closed | State::Lost(_)) {
-            self.transport.close("the receiver closed its end");
+            self.shut("the receiver closed its end");
             self.state = State::Closed;
             self.probe.enter(Phase::Closed);
         }
@@ -410,18 +420,26 @@ impl RecvLink {
         wait: &Wait<'_>,
         mut advance: impl FnMut(&mut Self) -> Result<bool, RecvError>,
     ) -> Result<(), RecvError> {
+        if !self.origin.is_here() {
+            return Err(self.lose(TransportError { kind: LostKind::Abandoned, cause: NOT_HERE.to_owned() }));
+        }
         if advance(self)? {
             return Ok(());
         }
         let mut spin_until = if wait.is_poll() { None } else { self.spin.begin() };
+        let mut slept = false;
         loop {
             if !self.spin.again(&mut spin_until) {
                 match wait.next_slice(&self.cancel) {
                     Ok(slice) => self.transport.wait(slice).map_err(|e| self.lose(e))?,
                     Err(stop) => return Err(self.stopped(stop)),
                 }
+                slept = true;
             }
             if advance(self)? {
+                if slept {
+                    self.spin.slept();
+                }
                 return Ok(());
             }
         }
@@ -437,7 +455,7 @@ impl RecvLink {
             self.filled = 0;
             let header = self.check_header().map_err(|e| self.lose(e))?;
             if header.kind == Kind::Goodbye {
-                self.transport.close("");
+                self.shut("");
                 self.state = State::Closed;
                 self.probe.enter(Phase::Closed);
                 return Ok(true);
@@ -513,15 +531,23 @@ impl RecvLink {
         self.probe.enter(Phase::Idle);
     }
 
+    /// The transport's last call, in its own process.
+    fn shut(&mut self, reason: &str) {
+        if self.origin.is_here() {
+            self.held = NotInChildren::default();
+            self.transport.close(reason);
+        }
+    }
+
     fn stopped(&mut self, stop: Stop) -> RecvError {
         RecvError::Stopped { link: self.name, sequence: self.sequence, stop }
     }
 
     fn lose(&mut self, error: TransportError) -> RecvError {
         let lost = Lost { link: self.name, sequence: self.sequence, kind: error.kind, cause: error.cause };
-        self.transport.close(&lost.to_string());
+        self.shut(&lost.to_string());
         self.state = State::Lost(lost.clone());
-        self.probe.enter(Phase::Lost);
+        self.probe.lose(&lost.cause);
         lost.into()
     }
 }
@@ -529,6 +555,10 @@ impl RecvLink {
 impl Drop for RecvLink {
     fn drop(&mut self) {
         self.close();
+        if self.origin.is_here() {
+            // SAFETY: never used again. In a forked child it is left alone: it would take down what is the parent's.
+            unsafe { ManuallyDrop::drop(&mut self.transport) };
+        }
     }
 }
 
@@ -541,58 +571,9 @@ impl fmt::Debug for RecvLink {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::wait::Wake;
+    use crate::canned::Canned;
     use rayless_proto::ids::GroupId;
     use std::time::Duration;
-
-    /// A transport whose sender wrote these bytes and left.
-    struct Canned {
-        bytes: Vec<u8>,
-        at: usize,
-    }
-
-    struct Nobody;
-    impl Wake for Nobody {
-        fn wake(&self) {}
-    }
-
-    impl Canned {
-        fn take(&mut self, out: &mut [u8]) -> usize {
-            let n = out.len().min(self.bytes.len() - self.at);
-            out[..n].copy_from_slice(&self.bytes[self.at..self.at + n]);
-            self.at += n;
-            n
-        }
-    }
-
-    impl Inbound for Canned {
-        fn level(&self) -> Level {
-            Level::Tcp
-        }
-        fn read_head(&mut self, head: &mut [u8], filled: &mut usize) -> Result<bool, TransportError> {
-            *filled += self.take(&mut head[*filled..]);
-            Ok(*filled == head.len())
-        }
-        fn read_body(&mut self, body: &mut ScatterMut<'_, '_>, filled: &mut u64) -> Result<bool, TransportError> {
-            let (from, len) = (*filled, body.len());
-            body.walk(from, len - from, |slice| {
-                let took = self.take(slice);
-                *filled += took as u64;
-                took == slice.len()
-            });
-            Ok(*filled == len)
-        }
-        fn wait(&mut self, _: Duration) -> Result<(), TransportError> {
-            Err(TransportError::gone("no more bytes"))
-        }
-        fn waker(&self) -> Arc<dyn Wake> {
-            Arc::new(Nobody)
-        }
-        fn close(&mut self, _: &str) {}
-        fn counters(&self) -> Counters {
-            Counters::default()
-        }
-    }
 
     const HEADER_OF_FOUR: Header =
         Header { kind: Kind::Data, sequence: 0, tag: 0, payload: 4, slot: 0, schema: 15, checksum: false };
@@ -612,7 +593,7 @@ mod tests {
     fn link(bytes: &[u8]) -> RecvLink {
         let name = LinkName { group: GroupId([1; 8]), from: 0, to: 1, channel: 0 };
         let config = LinkConfig { max_message: 100, spin: Duration::ZERO, ..LinkConfig::default() };
-        RecvLink::new(name, Box::new(Canned { bytes: bytes.to_vec(), at: 0 }), &config)
+        RecvLink::new(name, Box::new(Canned::new(bytes.to_vec())), &config)
     }
 
     /// What a receiver makes of a good message and then these bytes.

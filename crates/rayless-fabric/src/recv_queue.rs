@@ -6,6 +6,7 @@
 use crate::{
     backoff::Backoff,
     error::{Lost, LostKind, RecvError},
+    fork::{NOT_HERE, Origin},
     name::LinkName,
     probe::Probe,
     recv::{Announced, RecvLink},
@@ -35,6 +36,7 @@ pub trait Sink: Send {
 pub struct RecvQueue {
     shared: Arc<Shared>,
     name: LinkName,
+    origin: Origin,
     level: Level,
     cancel: Cancel,
     probe: Arc<Probe>,
@@ -59,6 +61,7 @@ impl RecvQueue {
     pub fn new(link: RecvLink) -> Self {
         Self {
             name: link.name(),
+            origin: Origin::here(),
             level: link.level(),
             cancel: link.canceller(),
             probe: link.probe(),
@@ -98,6 +101,9 @@ impl RecvQueue {
 
     /// What the transport has counted; `None` while a payload is coming in.
     pub fn counters(&self) -> Option<Counters> {
+        if !self.origin.is_here() {
+            return None;
+        }
         self.shared.lock().link.as_ref().map(RecvLink::counters)
     }
 
@@ -107,6 +113,11 @@ impl RecvQueue {
         wait: &Wait<'_>,
         run: impl FnOnce(&mut RecvLink) -> Result<R, RecvError>,
     ) -> Result<R, RecvError> {
+        if !self.origin.is_here() {
+            // The lock may be held for ever, by a thread that is not there.
+            let cause = NOT_HERE.to_owned();
+            return Err(Lost { link: self.name, sequence: 0, kind: LostKind::Abandoned, cause }.into());
+        }
         let mut state = self.shared.lock();
         loop {
             // While the thread receives, it has the link; before it has taken the link there is its job.
@@ -169,6 +180,10 @@ impl RecvQueue {
 
     /// Closes this end: the sender's next call fails. Dropping does the same.
     pub fn close(&mut self) {
+        if !self.origin.is_here() {
+            std::mem::forget(self.thread.take());
+            return;
+        }
         self.cancel.cancel();
         self.shared.lock().closing = true;
         self.shared.changed.notify_all();

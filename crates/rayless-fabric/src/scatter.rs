@@ -29,6 +29,11 @@ impl<'a> Scatter<'a> {
         self.len
     }
 
+    /// Its parts and its tail.
+    pub(crate) const fn parts(&self) -> (&'a [&'a [u8]], &'a [u8]) {
+        (self.parts, self.tail)
+    }
+
     /// Whether there is not one byte.
     pub const fn is_empty(&self) -> bool {
         self.len == 0

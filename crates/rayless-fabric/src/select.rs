@@ -104,6 +104,21 @@ impl Plan {
         self.steps.front()
     }
 
+    /// Has `attempt` open and prove one step after the other, until one does. Its inner error is why a step came to nothing, which
+    /// gives way to the next one; the outer one ends it all. `None`: nothing is left.
+    pub fn first<L, E>(
+        &mut self,
+        mut attempt: impl FnMut(&Step) -> Result<Result<L, String>, E>,
+    ) -> Result<Option<(Step, L)>, E> {
+        while let Some(step) = self.steps.front() {
+            match attempt(step)? {
+                Ok(link) => return Ok(Some((step.clone(), link))),
+                Err(reason) => self.failed(&reason),
+            }
+        }
+        Ok(None)
+    }
+
     /// The present step came to nothing, for this reason: the next one is the present one.
     pub fn failed(&mut self, reason: &str) {
         let Some(Step { level, pair }) = self.steps.pop_front() else { return };
@@ -121,9 +136,10 @@ impl Plan {
         }
     }
 
-    /// What was not taken, with reasons, best first: all that is better than the present step, or everything where none is left.
+    /// What was not taken, with reasons, best first: all that is better than the present step, pairs of devices that gave way to
+    /// its pair included, or everything where none is left.
     pub fn rejected(&self) -> Vec<Rejection> {
-        let better = |known: &&Rejection| self.step().is_none_or(|step| known.level > step.level);
+        let better = |known: &&Rejection| self.step().is_none_or(|step| known.level >= step.level);
         let mut all: Vec<Rejection> = self.rejected.iter().filter(better).cloned().collect();
         all.sort_by_key(|known| std::cmp::Reverse(known.level));
         all
@@ -357,7 +373,7 @@ mod tests {
         found.failed("no answer within 5 s");
         found.failed("the proof's message of 28672 bytes did not arrive");
         assert_eq!(found.step().unwrap().level, Level::Rdma);
-        assert_eq!(reasons(&found).len(), 1, "what may still be taken is not rejected");
+        assert_eq!(reasons(&found).len(), 2, "TCP may still be taken, so it is not rejected");
         found.failed("no");
         found.failed("no");
         assert_eq!(
@@ -367,6 +383,54 @@ mod tests {
              mlx5_0 to mlx5_1: no (the MTUs differ: eth1 on node a has 9000, eth1 on node b has 1500; set both to the same); \
              mlx5_1 to mlx5_0: no"
         );
+    }
+
+    /// A prover that finds these pairs wanting: they connect, and then their transfer does not arrive.
+    fn prover<'a>(drops: &'a [&'a str], tried: &'a mut Vec<String>) -> impl FnMut(&Step) -> Proof + 'a {
+        move |step| {
+            let pair = step.pair.as_ref().map(|(from, to)| format!("{} to {}", from.device, to.device));
+            let what = pair.unwrap_or_else(|| step.level.name().to_owned());
+            tried.push(what.clone());
+            let drops = drops.contains(&what.as_str());
+            Ok(if drops { Err("the proof's message of 28672 bytes did not arrive".to_owned()) } else { Ok(what) })
+        }
+    }
+
+    type Proof = Result<Result<String, String>, &'static str>;
+
+    #[test]
+    fn a_pair_that_connects_and_fails_its_proof_gives_way_to_the_next_pair_and_then_to_tcp() {
+        let a = [way("mlx5_0", "roce", "10.1.0.1", 9000), way("mlx5_1", "roce", "10.2.0.1", 9000)];
+        let b = [way("mlx5_0", "roce", "10.1.0.2", 9000)];
+        let place = Place { same_host: false, rdma_nodes: &["a", "b"] };
+        let (auto, allow) = (LinkPolicy::default(), LinkPolicy { allow_tcp: Some(true), ..LinkPolicy::default() });
+        let fresh = |policy| plan(&end(0, "a", &a, ""), &end(1, "b", &b, ""), &place, policy);
+        let first = "mlx5_0 to mlx5_0: the proof's message of 28672 bytes did not arrive";
+
+        let (mut plan, mut tried) = (fresh(&allow), Vec::new());
+        let (step, link) = plan.first(prover(&["mlx5_0 to mlx5_0"], &mut tried)).unwrap().unwrap();
+        assert_eq!((step.level, link.as_str()), (Level::Rdma, "mlx5_1 to mlx5_0"));
+        assert_eq!(tried, ["mlx5_0 to mlx5_0", "mlx5_1 to mlx5_0"]);
+        assert_eq!(reasons(&plan)[1..], [("rdma", first.to_owned())]);
+
+        let both = ["mlx5_0 to mlx5_0", "mlx5_1 to mlx5_0"];
+        let second = "mlx5_1 to mlx5_0: the proof's message of 28672 bytes did not arrive";
+        let (mut plan, mut tried) = (fresh(&allow), Vec::new());
+        let (step, link) = plan.first(prover(&both, &mut tried)).unwrap().unwrap();
+        assert_eq!((step.level, link.as_str()), (Level::Tcp, "tcp"));
+        assert_eq!(reasons(&plan)[1..], [("rdma", format!("{first}; {second}"))]);
+
+        // Without the flag nothing is left, and all of it is told.
+        let mut plan = fresh(&auto);
+        assert_eq!(plan.first(prover(&both, &mut Vec::new())), Ok(None));
+        let told = reasons(&plan);
+        assert_eq!((told.len(), &told[1]), (3, &("rdma", format!("{first}; {second}"))));
+        assert!(told[2].1.contains("--allow-tcp"), "{told:?}");
+
+        // A peer that is gone is no reason to try the next.
+        let mut plan = fresh(&allow);
+        assert_eq!(plan.first(|_| Proof::Err("gone")), Err("gone"));
+        assert_eq!((plan.steps.len(), reasons(&plan).len()), (3, 1));
     }
 
     #[test]

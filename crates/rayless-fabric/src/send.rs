@@ -3,6 +3,7 @@
 use crate::{
     config::LinkConfig,
     error::{Lost, LostKind, Rejected, RejectedKind, SendError, TransportError},
+    fork::{NOT_HERE, NotInChildren, Origin},
     header::{DevicePath, Header, Kind},
     name::LinkName,
     probe::{Phase, Probe},
@@ -12,7 +13,7 @@ use crate::{
     transport::{Counters, Cursor, Level, Outbound, SharedPage},
     wait::{Cancel, Stop, Wait},
 };
-use std::{fmt, sync::Arc, time::Duration};
+use std::{fmt, mem::ManuallyDrop, sync::Arc, time::Duration};
 
 /// Bytes of the largest chunk of a device message's payload.
 pub const CHUNK: usize = 1 << 20;
@@ -26,7 +27,9 @@ const GOODBYE: Duration = Duration::from_secs(5);
 /// The sending end of a link. Messages leave in the order of the calls.
 pub struct SendLink {
     name: LinkName,
-    transport: Box<dyn Outbound>,
+    transport: ManuallyDrop<Box<dyn Outbound>>,
+    origin: Origin,
+    held: NotInChildren,
     limits: PeerLimits,
     verify: bool,
     spin: Spin,
@@ -73,7 +76,9 @@ impl SendLink {
             spin: Spin::new(config.spin),
             cancel: Cancel::new(transport.waker()),
             probe: Arc::new(Probe::new(name, transport.level())),
-            transport,
+            origin: Origin::here(),
+            held: NotInChildren::new(transport.descriptors()),
+            transport: ManuallyDrop::new(transport),
             schemas: SentSchemas::default(),
             schema: Vec::new(),
             head: Vec::new(),
@@ -96,6 +101,11 @@ impl SendLink {
     /// The RDMA device in use.
     pub fn device(&self) -> Option<&str> {
         self.transport.device()
+    }
+
+    /// How the transport works where it has several ways: `cma` or `ring`, for shared memory.
+    pub fn mode(&self) -> Option<&str> {
+        self.transport.mode()
     }
 
     /// A view for other threads.
@@ -229,10 +239,11 @@ impl SendLink {
     pub fn close(&mut self) {
         let whole = match self.state {
             State::Closed => return,
+            _ if !self.origin.is_here() => false,
             State::Idle => self.say_goodbye(),
             State::Begun { .. } | State::Owing { .. } | State::Chunks { .. } | State::Lost(_) => false,
         };
-        self.transport.close(whole);
+        self.shut(whole);
         if !matches!(self.state, State::Lost(_)) {
             self.state = State::Closed;
             self.probe.enter(Phase::Closed);
@@ -261,6 +272,10 @@ impl SendLink {
     /// Moves what can be moved without waiting of the message that `begin` encoded. True: it has left.
     pub(crate) fn advance(&mut self, parts: &[&[u8]]) -> Result<bool, SendError> {
         let State::Begun { payload, kind, .. } = self.state else { return Ok(true) };
+        if kind == Kind::Data && self.transport.lends(self.body_len(payload)) {
+            // The caller may have its tensors elsewhere by the next call, and what is lent must stay where it is.
+            return self.write(&Scatter::EMPTY).map(|_| false);
+        }
         let checksum = self.checksum_of(kind, parts);
         let body = Scatter::with_tail(parts, checksum.as_ref().map_or(&[], |c| c.as_slice()));
         let done = self.write(&body)?;
@@ -321,21 +336,31 @@ impl SendLink {
         if self.write(body)? {
             return Ok(());
         }
-        let mut spin_until = if wait.is_poll() { None } else { self.spin.begin() };
+        let guarded = OrLose(self);
+        let link = &mut *guarded.0;
+        let mut spin_until = if wait.is_poll() { None } else { link.spin.begin() };
+        let mut slept = false;
         loop {
-            if !self.spin.again(&mut spin_until) {
-                match wait.next_slice(&self.cancel) {
-                    Ok(slice) => self.transport.wait(slice).map_err(|e| self.lose(e))?,
-                    Err(stop) => return Err(self.stopped(stop, body)),
+            if !link.spin.again(&mut spin_until) {
+                match wait.next_slice(&link.cancel) {
+                    Ok(slice) => link.transport.wait(slice).map_err(|e| link.lose(e))?,
+                    Err(stop) => return Err(link.stopped(stop, body)),
                 }
+                slept = true;
             }
-            if self.write(body)? {
+            if link.write(body)? {
+                if slept {
+                    link.spin.slept();
+                }
                 return Ok(());
             }
         }
     }
 
     fn write(&mut self, body: &Scatter<'_>) -> Result<bool, SendError> {
+        if !self.origin.is_here() {
+            return Err(self.lose(TransportError { kind: LostKind::Abandoned, cause: NOT_HERE.to_owned() }));
+        }
         self.transport.write(&self.head, body, &mut self.cursor).map_err(|e| self.lose(e))
     }
 
@@ -348,7 +373,7 @@ impl SendLink {
                 SendError::Stopped { link: self.name, sequence: self.sequence, stop }
             }
             // The header has left and all of the payload is still here: the call can be made again.
-            State::Owing { .. } if self.cursor.body == 0 => {
+            State::Owing { .. } if self.cursor.body == 0 && !self.cursor.lent => {
                 SendError::Stopped { link: self.name, sequence: self.sequence, stop }
             }
             State::Chunks { .. } if self.cursor.is_at_start() => {
@@ -413,10 +438,18 @@ impl SendLink {
 
     fn lose(&mut self, error: TransportError) -> SendError {
         let lost = Lost { link: self.name, sequence: self.sequence, kind: error.kind, cause: error.cause };
-        self.transport.close(false);
+        self.shut(false);
         self.state = State::Lost(lost.clone());
-        self.probe.enter(Phase::Lost);
+        self.probe.lose(&lost.cause);
         lost.into()
+    }
+
+    /// The transport's last call, in its own process.
+    fn shut(&mut self, whole: bool) {
+        if self.origin.is_here() {
+            self.held = NotInChildren::default();
+            self.transport.close(whole);
+        }
     }
 
     /// The last header. A receiver that is full to the brim gets a little time to make room for it; if it does not,
@@ -446,6 +479,19 @@ impl SendLink {
     }
 }
 
+/// The caller's check runs in the middle of a message. Should it panic, what is lent has to be taken back before the
+/// tensors go.
+struct OrLose<'a>(&'a mut SendLink);
+
+impl Drop for OrLose<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let cause = "sending panicked in the middle of a message".to_owned();
+            self.0.lose(TransportError { kind: LostKind::Abandoned, cause });
+        }
+    }
+}
+
 /// Lists the tensors' slices, on the stack when they are few.
 pub(crate) fn with_parts<R>(tensors: &[TensorRef<'_>], run: impl FnOnce(&[&[u8]]) -> R) -> R {
     let mut inline: [&[u8]; INLINE_PARTS] = [&[]; INLINE_PARTS];
@@ -459,6 +505,10 @@ pub(crate) fn with_parts<R>(tensors: &[TensorRef<'_>], run: impl FnOnce(&[&[u8]]
 impl Drop for SendLink {
     fn drop(&mut self) {
         self.close();
+        if self.origin.is_here() {
+            // SAFETY: never used again. In a forked child it is left alone: it would take down what is the parent's.
+            unsafe { ManuallyDrop::drop(&mut self.transport) };
+        }
     }
 }
 

@@ -9,7 +9,7 @@ use crate::{
     scatter::{Scatter, ScatterMut},
     wait::Wake,
 };
-use std::{fmt, sync::Arc, time::Duration};
+use std::{fmt, os::fd::RawFd, sync::Arc, time::Duration};
 
 /// Transports in the order of preference: a greater one is taken when it can be had.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -46,12 +46,14 @@ pub struct Cursor {
     pub head: usize,
     /// Bytes of the body that have moved.
     pub body: u64,
+    /// The body is lent (see [`Outbound::lends`]), so that any of its bytes may have moved.
+    pub lent: bool,
 }
 
 impl Cursor {
     /// Whether not one byte has moved.
     pub const fn is_at_start(&self) -> bool {
-        self.head == 0 && self.body == 0
+        self.head == 0 && self.body == 0 && !self.lent
     }
 }
 
@@ -91,9 +93,25 @@ pub trait Outbound: Send {
         None
     }
 
+    /// Descriptors of what joins the two processes: a forked child closes its copies, see `fork`.
+    fn descriptors(&self) -> Vec<RawFd> {
+        Vec::new()
+    }
+
+    /// How it works where it has several ways (`cma`, or `ring` and perhaps why: see `shm`).
+    fn mode(&self) -> Option<&str> {
+        None
+    }
+
     /// The page for the GPUs, where both ends are on one host.
     fn shared_page(&self) -> Option<SharedPage> {
         None
+    }
+
+    /// Whether a body of this length is not copied by `write` but lent: from the first `write` with it on, its slices must stay
+    /// valid and unchanged until `write` returns true or `close` has returned.
+    fn lends(&self, _body: u64) -> bool {
+        false
     }
 
     /// Moves as much of `head`, and then of `body`, as can be moved without waiting. True: all has been taken
@@ -121,6 +139,16 @@ pub trait Inbound: Send {
 
     /// The device that it uses, where it uses one of its own.
     fn device(&self) -> Option<&str> {
+        None
+    }
+
+    /// Descriptors of what joins the two processes: a forked child closes its copies, see `fork`.
+    fn descriptors(&self) -> Vec<RawFd> {
+        Vec::new()
+    }
+
+    /// How it works where it has several ways (`cma`, or `ring` and perhaps why: see `shm`).
+    fn mode(&self) -> Option<&str> {
         None
     }
 

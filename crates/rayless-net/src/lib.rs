@@ -11,9 +11,11 @@
 //! 7. [`tcp`]: the same identity over TCP; reading a session's name before it is handed over.
 //! 8. [`unix`]: local sockets, their owner, and descriptors passed over them.
 //! 9. [`link`]: the handshake between two workers, after which tensors may follow in clear.
-//! 10. [`interfaces`]: which address, which interface, whether something translates in between.
+//! 10. [`congestion`]: how fast the streams of links may send.
+//! 11. [`interfaces`]: which address, which interface, whether something translates in between.
 #![deny(unsafe_code)] // allowed in `os` only
 
+pub mod congestion;
 pub mod counters;
 pub mod framing;
 pub mod heartbeat;

@@ -5,6 +5,7 @@
 //! (The server sends no session tickets, and neither side says goodbye in TLS, so nothing comes between.)
 
 use crate::{
+    congestion::{Congestion, ConnectError},
     framing::{HEADER, header_of, length_of},
     identity::{Peer, TlsIdentity, peer_of},
     tcp::{TcpError, classify, tune},
@@ -124,8 +125,10 @@ impl Channel {
         patience: &Patience<'_>,
     ) -> Result<Self, ChannelError> {
         let left = patience.left().ok_or(ChannelError::Stopped)?;
-        let socket = TcpStream::connect_timeout(&address, left.min(CONNECT))
-            .map_err(|error| ChannelError::from_io(address, error))?;
+        let socket = Congestion::from_env().connect(address, left.min(CONNECT)).map_err(|error| match error {
+            ConnectError::Congestion(error) => ChannelError::Refused(error.into()),
+            ConnectError::Io(error) => ChannelError::from_io(address, error),
+        })?;
         let name = ServerName::try_from(name.to_owned()).map_err(|error| ChannelError::Broken(error.to_string()))?;
         let tls = ClientConnection::new(identity.client_config(), name)
             .map_err(|error| ChannelError::Broken(error.to_string()))?;

@@ -6,6 +6,7 @@
 
 use crate::{
     client_hello::{self, Parsed},
+    congestion::NoSuchCongestion,
     counters::{Counters, Refused},
     framing::{FrameError, read_frame, write_frame},
     half_open::HalfOpen,
@@ -72,6 +73,9 @@ pub enum TcpError {
         /// For how long.
         waited: Duration,
     },
+    /// This host's settings do not let it be opened.
+    #[error(transparent)]
+    Congestion(#[from] NoSuchCongestion),
     /// The connection was refused or broke.
     #[error("{address}: {error}")]
     Io {
@@ -208,7 +212,7 @@ pub fn refusal_of(error: &TcpError) -> Refused {
         TcpError::Version(HelloError::NotHello) => Refused::NotRayless,
         TcpError::Version(HelloError::Version { .. }) => Refused::Version,
         TcpError::WrongNode { .. } => Refused::NotAllowed,
-        TcpError::Unreachable { .. } | TcpError::Io { .. } => Refused::Unfinished,
+        TcpError::Unreachable { .. } | TcpError::Congestion(_) | TcpError::Io { .. } => Refused::Unfinished,
     }
 }
 

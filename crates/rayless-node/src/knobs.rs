@@ -93,6 +93,8 @@ knobs! {
     ENCRYPT_TENSORS { flag: "encrypt-tensors", env: "RAYLESS_ENCRYPT_TENSORS", value: "", default: "", unit: "" }
     /// Let tensors between workers carry checksums
     VERIFY_LINKS { flag: "verify-links", env: "RAYLESS_VERIFY_LINKS", value: "", default: "", unit: "" }
+    /// TCP congestion control of links (a driver's knob): a name that the kernel has, or host for the host's own [default: auto, which is the host's, but cubic or reno in the place of bbr]
+    TCP_CONGESTION { flag: "", env: "RAYLESS_TCP_CONGESTION", value: "NAME", default: "auto", unit: "" }
     /// Ports on which workers take RDMA connections
     RDMA_PORTS { flag: "rdma-ports", env: "RAYLESS_RDMA_PORTS", value: "FIRST-LAST", default: "6400-6463", unit: "" }
     /// RDMA device that links may use; may be given several times, the preferred first [default: all]

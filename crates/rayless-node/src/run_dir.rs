@@ -11,6 +11,7 @@
 //! | `incarnation` | counted up at each start |
 //! | `term` | where heads take turns: the cluster and the highest term that this node was a member under |
 //! | `head-state` | head only: a help for its restart, not needed for it |
+//! | `head-story` | where heads take turns: what has happened, for `status` after a restart |
 //! | `keepers/<group>.sock`, `.pid` | one per group with ranks on this host |
 //! | `logs/<group>/rank-<n>.log` | output of the workers; of ended groups the last 64, 1 GiB together |
 //!
@@ -227,6 +228,11 @@ impl RunDir {
     /// What a head saves.
     pub fn head_state(&self) -> PathBuf {
         self.path.join("head-state")
+    }
+
+    /// What a head that takes turns with others saves: only what it says of the past is used again.
+    pub fn head_story(&self) -> PathBuf {
+        self.path.join("head-story")
     }
 
     /// Directory of the keepers' sockets.

@@ -195,22 +195,26 @@ fn links(out: &mut String, report: &StatusReport) {
 fn link_row(link: &LinkStatus) -> [String; 8] {
     let channel = if link.channel == 0 { String::new() } else { format!(" #{}", link.channel) };
     let transport = link.transport.map_or("-", LinkTransport::name);
+    // `ring: why`: only the first word belongs to the transport's column.
+    let (mode, why) = link.mode.split_once(": ").unwrap_or((&link.mode, ""));
+    let mode = if mode.is_empty() { String::new() } else { format!("/{mode}") };
     let marks = [(link.encrypted, "+tls"), (link.verified, "+checksums")];
     let marks: String = marks.iter().filter(|(set, _)| *set).map(|(_, mark)| *mark).collect();
     let both = |ours: &str, theirs: &str| {
         if ours.is_empty() || ours == theirs { theirs.to_owned() } else { format!("{ours} -> {theirs}") }
     };
     let rejected = link.rejected.iter().map(|(transport, reason)| format!("{}: {reason}", transport.name()));
+    let two_copies = (!why.is_empty()).then(|| format!("one copy: {why}"));
     let cause = (!link.cause.is_empty()).then(|| format!("failed: {}", link.cause));
     [
         format!("{} {} -> {}{channel}", short(&link.group), link.from, link.to),
-        format!("{transport}{marks}"),
+        format!("{transport}{mode}{marks}"),
         link.state.name().to_owned(),
         both(&link.device, &link.peer_device),
         both(&gid(&link.gid), &gid(&link.peer_gid)),
         if link.mtu == 0 { String::new() } else { link.mtu.to_string() },
         format!("{} ({})", link.messages, bytes(link.bytes)),
-        cause.into_iter().chain(rejected).collect::<Vec<_>>().join("; "),
+        cause.into_iter().chain(two_copies).chain(rejected).collect::<Vec<_>>().join("; "),
     ]
 }
 
@@ -465,6 +469,7 @@ mod tests {
             state: LinkState::Open,
             cause: String::new(),
             transport: Some(LinkTransport::Rdma),
+            mode: String::new(),
             device: "mlx5_1".into(),
             gid: gid(1),
             mtu: 4096,
@@ -491,7 +496,16 @@ mod tests {
             bytes: 0,
             ..link.clone()
         };
-        report.links = vec![link, failed];
+        let shared = LinkStatus {
+            to: 1,
+            transport: Some(LinkTransport::Shm),
+            mode: "ring: process_vm_readv: not permitted".into(),
+            mtu: 0,
+            rejected: Vec::new(),
+            ..failed.clone()
+        };
+        let shared = LinkStatus { state: LinkState::Open, cause: String::new(), gid: String::new(), ..shared };
+        report.links = vec![link, failed, shared];
         let page = status(&report, UNIX_EPOCH);
         let page = page.split_once("GiB\n\n").unwrap().1;
         assert_eq!(
@@ -499,6 +513,7 @@ mod tests {
             "link                transport       state   device            gid                                 mtu   moved           not taken\n\
              03030303 0 -> 8 #1  rdma+checksums  open    mlx5_1 -> mlx5_2  ::ffff:10.0.0.1 -> ::ffff:10.0.0.2  4096  12 (336.0 KiB)  shm: the ranks are on two hosts\n\
              03030303 0 -> 8     -               failed                                                              0 (0 B)         failed: no transport; shm: the ranks are on two hosts\n\
+             03030303 0 -> 1     shm/ring        open                                                                0 (0 B)         one copy: process_vm_readv: not permitted\n\
              \n\
              rdma        protocol  state   rate                 interface      mtu   gids               numa  gpus\n\
              a:mlx5_1/1  roce      ACTIVE  100 Gb/sec (4X EDR)  eth1 10.0.0.1  9000  3=::ffff:10.0.0.1  1     0:4 1:far\n\

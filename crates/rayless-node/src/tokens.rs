@@ -202,7 +202,7 @@ impl Tokens {
             match line.split_once(' ')? {
                 ("current", token) => current = Some(token.parse().ok()?),
                 ("previous", token) => previous = Some(token.parse().ok()?),
-                ("until", seconds) => until = Some(UNIX_EPOCH + Duration::from_secs(seconds.parse().ok()?)),
+                ("until", seconds) => until = Some(UNIX_EPOCH.checked_add(Duration::from_secs(seconds.parse().ok()?))?),
                 ("retired", mark) => retired.push(mark.parse().ok()?),
                 _ => return None,
             }

@@ -61,6 +61,9 @@ pub const MAX_REPORTS: usize = 8;
 /// Events that `status` keeps; older ones are in the log.
 pub const MAX_EVENTS: usize = 256;
 
+/// Groups that are over in one message of a head to its standby: each may name 4,096 ranks on 1,000 nodes, 50 kB.
+pub const MAX_STORY_GROUPS: usize = 16;
+
 /// Ends of links that a node tells of one group; further ones work, but are not shown.
 pub const MAX_LINK_ENDS: usize = 1024;
 
@@ -72,6 +75,12 @@ pub const DEAD_AFTER: Duration = Duration::from_secs(3);
 pub const OBSERVER_LATE: Duration = Duration::from_millis(300);
 /// How long a handshake may take before its connection is dropped.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Shortest time between two messages of a head to its standbys about what has happened; what happens in the last of them
+/// before a head dies may be missing from the next one's story.
+pub const STORY_PERIOD: Duration = Duration::from_millis(250);
+/// How long a head holds the nodes of a launch that another head began, for the missing ones to join and for whoever asked to
+/// ask again; nodes dial once a second at least.
+pub const RESUME_WITHIN: Duration = Duration::from_secs(5);
 /// How long a launch waits for nodes and GPUs; `--wait`.
 pub const WAIT: Duration = Duration::from_secs(600);
 /// How long a restarted head waits for the nodes that it remembers before it takes one for dead. Longer than `--dead-after`, for it

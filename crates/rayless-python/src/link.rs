@@ -38,16 +38,19 @@ pub(crate) struct SendLink {
     probe: Arc<Probe>,
     cancel: Cancel,
     device: Option<String>,
+    mode: Option<String>,
 }
 
 impl SendLink {
     pub(crate) fn new(link: fabric::SendLink) -> Self {
         let device = link.device().map(str::to_owned);
+        let mode = link.mode().map(str::to_owned);
         let queue = SendQueue::new(link);
         Self {
             probe: queue.probe(),
             cancel: queue.canceller(),
             device,
+            mode,
             queue: Mutex::new(queue),
             cuda: cuda_link::sender(),
         }
@@ -196,7 +199,7 @@ impl SendLink {
     }
 
     fn report<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let fields = report(py, &self.probe, self.device.as_deref())?;
+        let fields = report(py, &self.probe, self.device.as_deref(), self.mode.as_deref())?;
         let gpu = py.detach(|| lock(&self.cuda).report().clone());
         fields.set_item("gpu", cuda_link::report(py, &gpu)?)?;
         Ok(fields)
@@ -254,6 +257,7 @@ pub(crate) struct RecvLink {
     probe: Arc<Probe>,
     cancel: Cancel,
     device: Option<String>,
+    mode: Option<String>,
     /// The last description as Python has it: steps of equal form share it.
     known: Mutex<Option<Known>>,
 }
@@ -270,6 +274,7 @@ impl RecvLink {
             probe: link.probe(),
             cancel: link.canceller(),
             device: link.device().map(str::to_owned),
+            mode: link.mode().map(str::to_owned),
             queue: Mutex::new(RecvQueue::new(link)),
             cuda: cuda_link::receiver(),
             known: Mutex::new(None),
@@ -386,7 +391,7 @@ impl RecvLink {
     }
 
     fn report<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let fields = report(py, &self.probe, self.device.as_deref())?;
+        let fields = report(py, &self.probe, self.device.as_deref(), self.mode.as_deref())?;
         let gpu = py.detach(|| lock(&self.cuda).report().clone());
         fields.set_item("gpu", cuda_link::report(py, &gpu)?)?;
         Ok(fields)
@@ -418,7 +423,12 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn report<'py>(py: Python<'py>, probe: &Probe, device: Option<&str>) -> PyResult<Bound<'py, PyDict>> {
+fn report<'py>(
+    py: Python<'py>,
+    probe: &Probe,
+    device: Option<&str>,
+    mode: Option<&str>,
+) -> PyResult<Bound<'py, PyDict>> {
     let name = probe.name();
     let fields = PyDict::new(py);
     fields.set_item("group", name.group.to_string())?;
@@ -426,6 +436,7 @@ fn report<'py>(py: Python<'py>, probe: &Probe, device: Option<&str>) -> PyResult
     fields.set_item("to", name.to)?;
     fields.set_item("channel", name.channel)?;
     fields.set_item("transport", probe.level().name())?;
+    fields.set_item("mode", mode)?;
     fields.set_item("device", device)?;
     fields.set_item("phase", probe.phase().to_string())?;
     fields.set_item("messages", probe.messages())?;

@@ -4,12 +4,20 @@
 mod common;
 
 use common::{Cluster, Daemon, Host, PATIENCE, is_alive, kill, node, rayless};
+use rayless_net::framing;
+use rayless_proto::{
+    codec,
+    limits::{MAX_CLIENT_BACKLOG, MAX_LOCAL_CLIENTS, MAX_LOCAL_MESSAGE},
+    resources::{CPU, Quantity, Resources, Strategy},
+    v1::local::{ClientMessage, ClientReply, ClientRequest, DaemonMessage},
+};
 use rustix::process::Signal;
 use serde_json::Value;
 use std::{
     fs,
+    io::{Read as _, Write as _},
     net::UdpSocket,
-    os::unix::fs::MetadataExt as _,
+    os::unix::{fs::MetadataExt as _, net::UnixStream},
     time::{Duration, Instant},
 };
 
@@ -421,4 +429,56 @@ fn a_copied_node_key_is_refused_on_the_second_host_and_the_first_goes_on() {
         assert_eq!(node(&status, "b").unwrap()["incarnation"], 1);
     }
     assert!(first.is_running());
+}
+
+#[test]
+fn local_clients_beyond_the_limit_are_turned_away_and_there_is_room_again_when_they_leave() {
+    let cluster = Cluster::new();
+    let host = Host::new(&cluster);
+    let (head, _) = host.head(&["--name", "a"]);
+    let socket = host.run_dir().join("daemon.sock");
+    // They connect and say nothing.
+    let mut held: Vec<_> = (0..MAX_LOCAL_CLIENTS).map(|_| UnixStream::connect(&socket).unwrap()).collect();
+    let mut one_more = UnixStream::connect(&socket).unwrap();
+    one_more.set_read_timeout(Some(PATIENCE)).unwrap();
+    assert_eq!(one_more.read(&mut [0]).unwrap(), 0, "it is turned away at once");
+    let open = fs::read_dir(format!("/proc/{}/fd", head.pid())).unwrap().count();
+    assert!(open < MAX_LOCAL_CLIENTS + 100, "{open} descriptors");
+    held.clear();
+    let until = Instant::now() + PATIENCE;
+    while host.run(&["status"]).code != 0 {
+        assert!(Instant::now() < until, "no room for a client although all have left");
+    }
+}
+
+#[test]
+fn one_client_has_so_many_requests_under_way_and_no_more() {
+    let cluster = Cluster::new();
+    let host = Host::new(&cluster);
+    let (_head, _) = host.head(&["--name", "a", "--cpus", "1"]);
+    let mut client = UnixStream::connect(host.run_dir().join("daemon.sock")).unwrap();
+    client.set_read_timeout(Some(PATIENCE)).unwrap();
+    // All of them wait, for this cluster has no such node.
+    let bundle = Resources::new().with(CPU, Quantity::whole(1000));
+    for request in 0..=MAX_CLIENT_BACKLOG as u64 {
+        let (name, strategy, wait_ms) = (format!("pg{request}"), Strategy::Pack, 60_000);
+        let body = ClientRequest::CreatePlacementGroup { name, bundles: vec![bundle.clone()], strategy, wait_ms };
+        let message = codec::encode(&ClientMessage { request, body });
+        client.write_all(&framing::header_of(message.len(), MAX_LOCAL_MESSAGE).unwrap()).unwrap();
+        client.write_all(&message).unwrap();
+    }
+    let refused = loop {
+        let mut header = [0; framing::HEADER];
+        client.read_exact(&mut header).unwrap();
+        let mut frame = vec![0; framing::length_of(header, MAX_LOCAL_MESSAGE).unwrap()];
+        client.read_exact(&mut frame).unwrap();
+        let message = codec::decode::<DaemonMessage>(&frame).unwrap();
+        if let DaemonMessage { request, body: ClientReply::Refused { refusal, .. } } = message {
+            break (request, refusal.cause);
+        }
+    };
+    assert_eq!(refused.0, MAX_CLIENT_BACKLOG as u64);
+    assert!(refused.1.contains("requests of one client are under way"), "{refused:?}");
+    drop(client);
+    assert_eq!(host.run(&["status"]).code, 0);
 }

@@ -10,13 +10,13 @@
 mod common;
 
 use common::{
-    Cluster, Daemon, Host, PATIENCE,
+    Cluster, Daemon, Host, PATIENCE, Shown,
     etcd::Etcd,
     groups::{answers, options, serve_as_worker, spread, start_with},
     node,
 };
 use rayless_proto::resources::{CPU, Quantity, Resources, Strategy};
-use rayless_worker::driver::WorkerGroup;
+use rayless_worker::driver::{Asked, WorkerGroup};
 use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
 use rustix::process::Signal;
 use serde_json::Value;
@@ -198,14 +198,7 @@ fn without_the_store_nobody_decides_and_what_runs_goes_on() {
     without_a_failed_call(&group, || {
         t.etcd.crash();
         t.head_a.says("no longer the head (term 1): its lease in the store could not be renewed");
-        let end = Instant::now() + PATIENCE;
-        let shown = loop {
-            let shown = t.c.run(&["status"]);
-            if shown.code == 3 && shown.stderr.contains("so nobody may decide") {
-                break shown;
-            }
-            assert!(Instant::now() < end, "{shown:?}");
-        };
+        let shown = await_nobody(&t.c);
         assert!(shown.stderr.contains(&t.etcd.address()) && shown.stderr.contains("hint:"), "{shown:?}");
         let shown = t.a.run(&["status"]);
         assert!(shown.code == 3 && shown.stderr.contains("see that etcd runs at"), "{shown:?}");
@@ -262,6 +255,215 @@ fn what_is_wrong_with_the_store_is_said_before_anything_is_started() {
         assert_eq!(shown.code, 2, "{shown:?}");
         assert!(shown.stderr.contains(cause), "{shown:?}");
     }
+}
+
+/// A resource that only the nodes of a launch have, so that it goes nowhere else.
+fn slots(count: u64) -> Resources {
+    Resources::new().with("slot", Quantity::whole(count))
+}
+
+/// Heads `a` and `b`, and two nodes with two slots each.
+struct Four {
+    /// Its token is read by whoever starts later.
+    _cluster: Cluster,
+    etcd: Etcd,
+    /// Address of the first head.
+    first: String,
+    a: Host,
+    b: Host,
+    c: Host,
+    d: Host,
+    head_a: Daemon,
+    head_b: Daemon,
+    node_c: Daemon,
+    node_d: Daemon,
+}
+
+fn four() -> Four {
+    let cluster = Cluster::new();
+    let [a, b, c, d] = [(); 4].map(|()| Host::new(&cluster));
+    let etcd = Etcd::start();
+    let store = etcd.address();
+    let (head_a, first) = head(&a, &store, "a", &[]);
+    let (mut head_b, both) = head(&b, &store, "b", &[]);
+    head_b.says("stands by at");
+    let [node_c, node_d] = [(&c, "c"), (&d, "d")].map(|(host, name)| {
+        let mut node = host.start(&["join", &both, "--name", name, "--resource", "slot=2"]);
+        node.says("has joined");
+        node
+    });
+    c.await_nodes(&[("a", "alive"), ("b", "alive"), ("c", "alive"), ("d", "alive")]);
+    Four { _cluster: cluster, etcd, first, a, b, c, d, head_a, head_b, node_c, node_d }
+}
+
+fn groups(status: &Value) -> &[Value] {
+    status["groups"].as_array().map(Vec::as_slice).unwrap_or_default()
+}
+
+fn all_free(status: &Value) -> bool {
+    status["nodes"].as_array().unwrap().iter().all(|node| node["available"] == node["resources"])
+}
+
+/// Under whatever term: a slow store may cost one.
+fn leads(status: &Value, name: &str) -> bool {
+    status["cluster"]["term"].as_u64().is_some_and(|term| is_head(status, name, term))
+}
+
+/// Waits until a host says that nobody may be the head, and why.
+fn await_nobody(host: &Host) -> Shown {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        let shown = host.run(&["status"]);
+        if shown.code == 3 && shown.stderr.contains("so nobody may decide") {
+            return shown;
+        }
+        assert!(Instant::now() < end, "{shown:?}");
+    }
+}
+
+fn has_event(status: &Value, kind: &str, part: &str) -> bool {
+    let is = |event: &Value| event["kind"] == kind && event["cause"].as_str().is_some_and(|cause| cause.contains(part));
+    status["events"].as_array().is_some_and(|events| events.iter().any(is))
+}
+
+#[test]
+fn a_launch_that_the_head_did_not_live_to_finish_is_finished_by_the_next() {
+    let mut t = four();
+    // What happened under the first head is to be known under the second.
+    let early = start_with(options(&t.c, vec![slots(1)], Strategy::Pack, PATIENCE));
+    assert!(early.call(*b"die 0", &Asked::All, Some(PATIENCE)).unwrap().wait().is_err());
+    drop(early);
+    let status = t.c.await_status("the first end", |status| groups(status).len() == 1 && all_free(status));
+    let cause = groups(&status)[0]["cause"].clone();
+    assert_eq!(groups(&status)[0]["state"], "failed", "{status}");
+    // It is told to the standby four times a second.
+    thread::sleep(Duration::from_millis(600));
+
+    // d cannot start its part: the head that told it to dies meanwhile.
+    t.node_d.signal(Signal::STOP);
+    thread::scope(|scope| {
+        let launch = || start_with(options(&t.c, vec![slots(2); 2], Strategy::StrictSpread, PATIENCE));
+        let driver = scope.spawn(launch);
+        t.a.await_status("the launch under way", |status| groups(status).len() == 2);
+        t.head_a.crash();
+        t.node_d.signal(Signal::CONT);
+        let group = driver.join().unwrap();
+        let status = t.c.await_status("the group under b", |status| leads(status, "b") && runs(status, &group));
+        assert_eq!(groups(&status).len(), 2, "nothing was started twice: {status}");
+        assert!(has_event(&status, "group-resumed", "was being started"), "{status}");
+        let ended = groups(&status).iter().find(|group| group["state"] == "failed").unwrap();
+        assert_eq!(ended["cause"], cause, "{status}");
+        assert!(has_event(&status, "node-joined", "node d joined") && has_event(&status, "head-changed", "b is"));
+        assert_eq!(answers(&group, "rank"), ["0", "1"]);
+        group.stop();
+    });
+    t.c.await_status("all free", all_free);
+    assert!(t.head_b.is_running() && t.node_c.is_running() && t.node_d.is_running());
+}
+
+#[test]
+fn a_launch_that_nobody_waits_for_any_more_is_ended_by_the_next_head() {
+    let mut t = four();
+    t.node_d.signal(Signal::STOP);
+    let given_up = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let options = options(&t.c, vec![slots(2); 2], Strategy::StrictSpread, PATIENCE);
+        let driver = scope.spawn(|| WorkerGroup::place(options, &mut |_| !given_up.load(Relaxed)).map(drop));
+        t.a.await_status("the launch under way", |status| groups(status).len() == 1);
+        t.head_a.crash();
+        given_up.store(true, Relaxed);
+        assert!(driver.join().unwrap().is_err());
+        t.node_d.signal(Signal::CONT);
+    });
+    let status = t.c.await_status("all free under b", |status| {
+        leads(status, "b") && groups(status).len() == 1 && node(status, "d").is_some() && all_free(status)
+    });
+    let cause = groups(&status)[0]["cause"].as_str().unwrap().to_owned();
+    assert!(cause.contains("nobody waited for it any more"), "{status}");
+    // Both nodes can be used at once.
+    let group = start_with(options(&t.d, vec![slots(2); 2], Strategy::StrictSpread, PATIENCE));
+    assert_eq!(answers(&group, "rank"), ["0", "1"]);
+    group.stop();
+    assert!(t.head_b.is_running() && t.node_c.is_running() && t.node_d.is_running());
+}
+
+#[test]
+fn a_standby_that_missed_a_rotation_of_the_token_does_not_take_over() {
+    let mut t = four();
+    t.head_b.signal(Signal::STOP);
+    t.a.await_nodes(&[("b", "dead")]);
+    assert_eq!(t.a.run(&["token", "rotate"]).code, 0);
+    assert_eq!(t.a.run(&["token", "rotate", "--finish"]).code, 0);
+    t.head_b.signal(Signal::CONT);
+    t.head_b.says("cannot be the head: the cluster's token was rotated while it was away");
+    t.a.await_status("no seat of b", |status| !stands_by(status, "b"));
+    t.head_a.crash();
+    let end = Instant::now() + PATIENCE;
+    // `/rayless/default/head`
+    while t.etcd.operate("kv/range", r#"{"key":"L3JheWxlc3MvZGVmYXVsdC9oZWFk"}"#).contains("mod_revision") {
+        assert!(Instant::now() < end, "the lease of a does not end");
+        thread::sleep(Duration::from_millis(20));
+    }
+    let shown = t.b.run(&["status"]);
+    assert!(shown.code == 3 && shown.stderr.contains("the cluster's token was rotated"), "{shown:?}");
+    assert!(shown.stderr.contains("hint: start this daemon with the present token"), "{shown:?}");
+    // Under its old address: b, whom no node lets in, cannot tell them a new one.
+    let (port, store) = (t.first.rsplit_once(':').unwrap().1, t.etcd.address());
+    let args = ["head", "--store", &store, "--name", "a", "--bind", "127.0.0.1", "--port", port, "--token-file"];
+    let mut head_a = Daemon::of(&mut t.a.command(&[&args[..], &[t.a.token.to_str().unwrap()]].concat()));
+    head_a.says("is ready at");
+    t.a.await_status("a again, and nobody in between", |status| leads(status, "a"));
+
+    t.a.await_nodes(&[("c", "alive"), ("d", "alive")]);
+
+    // With the present token it is one of them again.
+    t.head_b.crash();
+    let new = t.a.run_dir().join("token");
+    let args = ["head", "--store", &store, "--name", "b", "--bind", "127.0.0.1", "--port", "0", "--token-file"];
+    let mut head_b = Daemon::of(&mut t.b.command(&[&args[..], &[new.to_str().unwrap()]].concat()));
+    head_b.says("stands by at");
+    t.a.await_status("b as a standby", |status| stands_by(status, "b"));
+    assert_eq!(t.a.run(&["stop"]).code, 0);
+    t.c.await_status("b as the head", |status| leads(status, "b"));
+    assert!(t.node_c.is_running() && t.node_d.is_running());
+}
+
+#[test]
+fn the_store_may_lose_a_member_and_without_most_of_them_nobody_decides() {
+    let mut members = Etcd::members(3);
+    let hosts: Vec<String> = members.iter().map(|etcd| etcd.address().replace("etcd://", "")).collect();
+    let store = format!("etcd://{}", hosts.join(","));
+    let cluster = Cluster::new();
+    let [a, b, c] = [(); 3].map(|()| Host::new(&cluster));
+    let (mut head_a, first) = head(&a, &store, "a", &[]);
+    let mut node_c = c.start(&["join", &first, "--name", "c", "--cpus", "2"]);
+    node_c.says("has joined");
+    let group = spread(&c, 2);
+    without_a_failed_call(&group, || {
+        // The one that is in use. What comes after it is seen by way of another.
+        members[0].crash();
+        let (mut head_b, _) = head(&b, &store, "b", &[]);
+        head_b.says("stands by at");
+        let status = a.await_status("the standby", |status| stands_by(status, "b"));
+        assert!(is_head(&status, "a", 1), "{status}");
+        // Most of them.
+        members[1].crash();
+        head_a.says("no longer the head (term 1): its lease in the store could not be renewed");
+        await_nobody(&a);
+        // One of the lost is enough; the other comes later.
+        members[1].resume();
+        let led = |status: &Value| ["a", "b"].iter().any(|name| leads(status, name));
+        c.await_status("a head again", |status| led(status) && runs(status, &group));
+        members[0].resume();
+        members[2].crash();
+        let late = Host::new(&cluster);
+        let (mut head_d, _) = head(&late, &store, "d", &[]);
+        head_d.says("stands by at");
+        c.await_status("the same head, by way of the first and second", |status| led(status) && stands_by(status, "d"));
+        assert!(head_b.is_running());
+    });
+    group.stop();
+    assert!(node_c.is_running());
 }
 
 fn closed_file(path: &Path, text: &str) -> String {

@@ -29,10 +29,9 @@ pub(super) struct Life {
 
 impl Head {
     pub(super) fn compare_books(&mut self, node: NodeId, life: Life, brought: &Brought, now: Instant) {
-        let Brought { held, ended, held_bundles } = brought;
-        for (id, cause) in ended {
-            // Said before, as a rule: then it changes nothing.
-            self.on_group_ended(node, *id, cause, now);
+        let Brought { held, ended, held_bundles, launches } = brought;
+        for group in ended {
+            self.on_ended_before(node, group, now);
         }
         let start_again = self.drop_parts_not_held(node, life.reborn, held, now);
         self.rebuild_pool(node, !life.reborn, now);
@@ -45,7 +44,9 @@ impl Head {
                 self.send_start(id, node, now);
             }
         }
+        self.take_launches(node, launches, now);
         for group in held {
+            self.settle_launch(group.group, now);
             self.check_running(group.group, now);
         }
     }
@@ -165,21 +166,31 @@ impl Head {
         let id = held.group;
         if !self.groups.contains_key(&id) {
             let over = self.buried_groups.contains(&id);
+            let launch = held.launch.filter(|_| !over);
             let adopted = Group {
                 name: held.name.clone(),
                 world_size: held.world_size,
                 driver_node: held.driver_node,
                 driver_pid: 0,
-                phase: if over { Phase::Failed } else { Phase::Placed },
+                phase: match launch {
+                    Some(_) => Phase::Placing,
+                    None if over => Phase::Failed,
+                    None => Phase::Placed,
+                },
                 cause: if over { "it ended while this node was away".into() } else { String::new() },
-                requester: None,
+                requester: launch,
                 told_on: None,
                 parts: BTreeMap::new(),
                 ended: over.then_some(now),
+                resumed: launch.map(|_| Self::resumed(now)),
+                end_number: if over { self.next_end() } else { 0 },
             };
             let title = adopted.title(id);
             self.groups.insert(id, adopted);
-            if !over {
+            if launch.is_some() {
+                let line = format!("group {title} was being started under another head: its launch goes on");
+                self.note("group-resumed", line, now);
+            } else if !over {
                 self.note("group-adopted", format!("group {title} still runs: adopted"), now);
             }
         }
@@ -197,6 +208,9 @@ impl Head {
             let cause = self.groups.get(&id).map(|g| g.cause.clone()).unwrap_or_default();
             self.end_group(id, Phase::Failed, &cause, now);
         }
+        if held.launch.is_none() {
+            self.driver_came(id, now);
+        }
         self.dirty = true;
     }
 
@@ -206,7 +220,9 @@ impl Head {
         let Some(group) = self.groups.get_mut(&id) else { return true };
         let known = group.parts.get(&node);
         let same = known.is_some_and(|p| p.is_wholly_counted() && p.keeper != Keeper::Gone && p.ranks == held.ranks);
-        let keeper = known.map_or(Keeper::Up, |p| if p.keeper == Keeper::Gone { Keeper::Up } else { p.keeper });
+        // Of one that another head had started and whose driver has not come, the node says next whether it is up.
+        let unknown = if held.launch.is_some() { Keeper::Starting } else { Keeper::Up };
+        let keeper = known.map_or(unknown, |p| if p.keeper == Keeper::Gone { Keeper::Up } else { p.keeper });
         if !same {
             self.release_part(id, node);
             let mut ranks = held.ranks.clone();

@@ -49,6 +49,8 @@ impl Head {
             told_on: None,
             parts: BTreeMap::new(),
             ended: None,
+            resumed: None,
+            end_number: 0,
         };
         for (node, ranks) in ranks {
             let mut part = Part::new(ranks, Keeper::Starting, now);
@@ -77,6 +79,7 @@ impl Head {
             world_size: group.world_size,
             driver_node: group.driver_node,
             ranks: part.ranks.clone(),
+            requester: group.requester,
         };
         self.send(node, message);
     }
@@ -147,10 +150,13 @@ impl Head {
 
     pub(super) fn tell_driver_when_all_up(&mut self, id: GroupId, now: Instant) {
         let Some(group) = self.groups.get_mut(&id) else { return };
-        if group.phase != Phase::Placing || !group.parts.values().all(|p| p.keeper == Keeper::Up) {
+        let awaited = group.resumed.as_ref().is_some_and(|resumed| resumed.asked.is_none());
+        let all_up = group.is_whole() && group.parts.values().all(|p| p.keeper == Keeper::Up);
+        if group.phase != Phase::Placing || awaited || !all_up {
             return;
         }
         group.phase = Phase::Placed;
+        group.resumed = None;
         self.dirty = true;
         let title = group.title(id);
         self.note("group-placed", format!("group {title} is placed"), now);
@@ -212,6 +218,8 @@ impl Head {
         let Some(at) = part.ranks.iter().position(|r| r.rank == rank) else { return };
         part.pids[at] = pid;
         part.states[at] = state;
+        // No worker is started before the driver has come.
+        self.driver_came(id, now);
         self.check_running(id, now);
     }
 
@@ -284,8 +292,12 @@ impl Head {
         let Some(group) = self.groups.get_mut(&id).filter(|g| !g.phase.is_over()) else { return };
         let untold = group.phase == Phase::Placing;
         group.phase = phase;
+        group.resumed = None;
         cause.clone_into(&mut group.cause);
         group.ended = Some(now);
+        let end_number = self.next_end();
+        let Some(group) = self.groups.get_mut(&id) else { return };
+        group.end_number = end_number;
         let (title, requester) = (group.title(id), group.requester);
         let parts: Vec<NodeId> = group.parts.keys().copied().collect();
         for node in parts {
@@ -389,6 +401,10 @@ impl Head {
     }
 
     pub(super) fn on_cancel(&mut self, requester: Requester, now: Instant) {
+        if let Some(node) = self.nodes.get_mut(&requester.node) {
+            node.launches.asks.remove(&requester.request);
+            node.launches.told.remove(&requester.request);
+        }
         let before = self.queue.len();
         self.queue.retain(|w| w.requester != requester);
         self.stirred |= self.queue.len() != before;

@@ -8,12 +8,14 @@
 //! | `model` | what it keeps |
 //! | `nodes` | join, rejoin, leave, suspect, dead, fenced |
 //! | `adopt` | what a joining node still holds, against the head's books |
+//! | `resume` | launches that another head began |
 //! | `groups` | from `StartKeeper` to the last `GroupEnded` |
 //! | `bundles` | placement groups |
 //! | `queue` | who waits, and in which order who is served |
 //! | `table` | the need/have table and the line of cause |
 //! | `tokens` | which cluster tokens are in force, and who has them |
 //! | `state` | the state file |
+//! | `story` | what later heads should know of the past |
 //! | `report` | `status`, and the audit of the books |
 //!
 //! # Invariants (`Head::audit` recounts them)
@@ -30,15 +32,18 @@ mod model;
 mod nodes;
 mod queue;
 mod report;
+mod resume;
 mod state;
+mod story;
 mod table;
 mod tokens;
 
 pub use io::{Effect, HeadConfig, Input};
 pub use state::RestoreError;
+pub use story::Story;
 
 use crate::SessionId;
-use model::{Brought, Group, Node, PlacementGroup, Requester, Session, StopWait, Waiting};
+use model::{Brought, Group, Launches, Node, PlacementGroup, Requester, Session, StopWait, Waiting};
 use rayless_proto::{
     ids::{ClusterId, GroupId, NodeId, PlacementGroupId, RequestId, Term},
     limits::{MAX_EVENTS, MAX_REPORT_PART, MAX_TOMBSTONES},
@@ -83,6 +88,7 @@ pub struct Head {
     arrived: bool,
     dirty: bool,
     saved: Option<Instant>,
+    telling: story::Telling,
     effects: VecDeque<Effect>,
 }
 
@@ -109,6 +115,7 @@ impl Head {
             arrived: false,
             dirty: true,
             saved: None,
+            telling: story::Telling::default(),
             effects: VecDeque::new(),
         }
     }
@@ -154,8 +161,10 @@ impl Head {
         self.check_overlap(now);
         self.check_awaited(now);
         self.check_deadlines(now);
+        self.check_resumed(now);
         self.run_queue(now);
         self.settle_stops(now);
+        self.tell_story_if_due(now);
         self.save_if_due(now);
     }
 
@@ -171,19 +180,22 @@ impl Head {
         let stops = self.stops.iter().map(|s| s.until);
         let save = self.dirty.then(|| self.saved.map_or(self.started, |at| at + SAVE_PERIOD));
         let awaited = self.nodes.values().filter(|n| !n.is_gone()).filter_map(|n| n.awaited);
-        let others = [self.next_part_deadline(), self.next_overlap_end()].into_iter().flatten();
+        let others = [self.next_part_deadline(), self.next_overlap_end(), self.next_resumed_end(), self.next_telling()]
+            .into_iter()
+            .flatten();
         waits.chain(stops).chain(save).chain(awaited).chain(others).min()
     }
 
     fn on_message(&mut self, session: SessionId, message: ToHead, now: Instant) {
         let Some(opened) = self.sessions.get(&session) else { return };
         let from = opened.node;
-        if let ToHead::Join { info, seen, held, ended, held_placement_groups, .. } = message {
+        if let ToHead::Join { info, seen, held, ended, asks, told, held_placement_groups, .. } = message {
             let higher = seen.filter(|seen| seen.cluster == self.config.cluster && seen.term > self.config.term);
             if let Some(higher) = higher {
                 self.superseded(session, info.id, &info.name, higher.term, now);
             } else if !opened.joined {
-                let brought = Brought { held, ended, held_bundles: held_placement_groups };
+                let launches = Launches { asks: asks.into_iter().collect(), told: told.into_iter().collect() };
+                let brought = Brought { held, ended, held_bundles: held_placement_groups, launches };
                 self.on_join(session, info, &brought, now);
             }
             return;
@@ -286,6 +298,7 @@ impl Head {
             return;
         }
         self.config.heads = heads;
+        self.story_due();
         let addresses: Vec<String> = self.config.heads.iter().map(|head| head.address.clone()).collect();
         let nodes: Vec<NodeId> = self.nodes.keys().copied().collect();
         for node in nodes {
@@ -328,6 +341,8 @@ impl Head {
             self.events.pop_front();
         }
         self.events.push_back(event.clone());
+        self.has_noted();
+        self.dirty = true;
         self.effects.push_back(Effect::Notify(event));
     }
 

@@ -1,12 +1,13 @@
 //! What the head keeps: nodes, groups, placement groups, and who waits.
 
 use crate::{SessionId, pool::Pool};
+pub(super) use rayless_proto::v1::control::Requester;
 use rayless_proto::{
     ids::{GroupId, Incarnation, NodeId, PlacementGroupId, RequestId, TokenMark},
     limits::MAX_LINK_ENDS,
     resources::{Allocation, Resources, Strategy},
     v1::{
-        control::{GroupSpec, HeldGroup, HeldPlacementGroup, NodeInfo, RankAllocation, WorkerState},
+        control::{EndedGroup, GroupSpec, HeldGroup, HeldPlacementGroup, NodeInfo, RankAllocation, WorkerState},
         link::LinkReport,
         status::{GroupState, NodeState},
     },
@@ -29,8 +30,18 @@ pub(super) struct Session {
 #[derive(Debug, Clone)]
 pub(super) struct Brought {
     pub(super) held: Vec<HeldGroup>,
-    pub(super) ended: Vec<(GroupId, String)>,
+    pub(super) ended: Vec<EndedGroup>,
     pub(super) held_bundles: Vec<HeldPlacementGroup>,
+    pub(super) launches: Launches,
+}
+
+/// What a node said at its last join of the launches of its clients, by its own numbers.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Launches {
+    /// Those that it is about to ask for again.
+    pub(super) asks: BTreeSet<RequestId>,
+    /// Those whose client was told and is still there.
+    pub(super) told: BTreeSet<RequestId>,
 }
 
 /// How long the older of two lives of a node has to show that it still is, when the newer one comes from another host. Its session was replaced, so it dials
@@ -67,6 +78,7 @@ pub(super) struct Node {
     /// Why it could not take those it was sent last.
     pub(super) token_problem: String,
     pub(super) contest: Option<Contest>,
+    pub(super) launches: Launches,
     /// Why it is dead or left.
     pub(super) cause: String,
     /// When `state` became what it is.
@@ -93,14 +105,6 @@ impl Node {
     pub(super) fn is_gone(&self) -> bool {
         matches!(self.state, NodeState::Dead | NodeState::Left)
     }
-}
-
-/// Whom an answer goes to. The incarnation keeps a restarted daemon from being taken for its predecessor.
-#[derive(Archive, Serialize, Deserialize, Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Requester {
-    pub(super) node: NodeId,
-    pub(super) incarnation: Incarnation,
-    pub(super) request: RequestId,
 }
 
 /// Life of a group as the head decides by it; `status` shows fewer states.
@@ -209,9 +213,27 @@ pub(super) struct Group {
     pub(super) told_on: Option<SessionId>,
     pub(super) parts: BTreeMap<NodeId, Part>,
     pub(super) ended: Option<Instant>,
+    /// Begun by another head, and not yet known to be whole and waited for.
+    pub(super) resumed: Option<Resumed>,
+    /// Its place among those that ended under this head; 0 while it lives.
+    pub(super) end_number: u64,
+}
+
+/// A launch under way that came over from another head.
+#[derive(Debug, Clone)]
+pub(super) struct Resumed {
+    /// Ended then, if it is still not known to be whole and waited for.
+    pub(super) until: Instant,
+    /// What was asked for, once whoever asked has asked again, and when that was.
+    pub(super) asked: Option<(GroupSpec, Instant)>,
 }
 
 impl Group {
+    /// Whether the head knows where each of its ranks is. Not so while nodes have yet to bring theirs to a new head.
+    pub(super) fn is_whole(&self) -> bool {
+        self.parts.values().map(|p| p.ranks.len()).sum::<usize>() >= self.world_size as usize
+    }
+
     /// Whether nothing of it is left anywhere.
     pub(super) fn is_reaped(&self) -> bool {
         self.parts.values().all(|p| p.keeper == Keeper::Gone)

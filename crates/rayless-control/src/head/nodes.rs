@@ -3,7 +3,7 @@
 use super::{
     Effect, Head,
     adopt::Life,
-    model::{Brought, CONTEST, Contest, Group, Node, Phase, Requester},
+    model::{Brought, CONTEST, Contest, Group, Launches, Node, Phase, Requester},
 };
 use crate::{SessionId, liveness::Transition, pool::Pool};
 use rayless_proto::{
@@ -103,6 +103,7 @@ impl Head {
             tokens: Vec::new(),
             token_problem: String::new(),
             contest: None,
+            launches: Launches::default(),
             cause: String::new(),
             since: now,
         });
@@ -121,6 +122,7 @@ impl Head {
         if let Some(old) = old_session {
             self.effects.push_back(Effect::Close { session: old });
         }
+        self.story_due();
         if id != self.config.node {
             if let Some(old) = earlier.filter(|old| *old != incarnation) {
                 self.effects.push_back(Effect::Unwatch { node: id, incarnation: old });

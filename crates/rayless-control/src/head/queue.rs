@@ -50,8 +50,15 @@ enum Answer {
 
 impl Head {
     pub(super) fn on_create_group(&mut self, requester: Requester, spec: GroupSpec, now: Instant) {
+        if let Some(node) = self.nodes.get_mut(&requester.node) {
+            node.launches.asks.remove(&requester.request);
+        }
         let known = self.groups.iter().find(|(_, g)| g.requester == Some(requester)).map(|(id, _)| *id);
         if let Some(id) = known {
+            if self.groups.get(&id).is_some_and(|g| g.resumed.is_some()) {
+                self.asked_again(id, spec, now);
+                self.settle_launch(id, now);
+            }
             return self.answer_again(id);
         }
         let wait_ms = spec.wait_ms;

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! 0   4  magic "RLHS"
-//! 4   2  version of this layout, little endian: 1
+//! 4   2  version of this layout, little endian: 2
 //! 6   8  FNV-1a 64 of what follows, little endian: a torn write is noticed
 //! 14  n  rkyv
 //! ```
@@ -10,8 +10,8 @@
 //! what ended stays ended.
 
 use super::{
-    Head, HeadConfig,
-    model::{Bundle, Group, Keeper, Node, Part, Phase, PlacementGroup, Requester},
+    Head, HeadConfig, Story,
+    model::{Bundle, Group, Keeper, Launches, Node, Part, Phase, PlacementGroup, Requester},
 };
 use crate::pool::Pool;
 use rayless_proto::{
@@ -20,15 +20,15 @@ use rayless_proto::{
     limits::REJOIN_TIMEOUT,
     resources::{Allocation, Strategy},
     v1::{
-        control::{NodeInfo, RankAllocation, WorkerState},
-        status::NodeState,
+        control::{EndedGroup, NodeInfo, RankAllocation, WorkerState},
+        status::{Event, NodeState},
     },
 };
 use rkyv::{Archive, Deserialize, Serialize};
 use std::time::Instant;
 
 const MAGIC: [u8; 4] = *b"RLHS";
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 const HEADER: usize = 14;
 
 /// The bytes are not a head's state. The head starts without: nothing is lost but history.
@@ -44,6 +44,8 @@ struct SavedState {
     placement_groups: Vec<SavedPlacementGroup>,
     over_groups: Vec<GroupId>,
     over_placement_groups: Vec<PlacementGroupId>,
+    events: Vec<Event>,
+    ended: Vec<EndedGroup>,
 }
 
 #[derive(Archive, Serialize, Deserialize)]
@@ -90,7 +92,7 @@ struct SavedPlacementGroup {
 impl Head {
     /// The state file's bytes as of now.
     pub(super) fn saved_state(&self) -> Vec<u8> {
-        let reaped = self.groups.iter().filter(|(_, g)| g.phase.is_over() && g.is_reaped()).map(|(id, _)| *id);
+        let reaped = |id: &GroupId| self.groups.get(id).is_some_and(Group::is_reaped);
         let kept = self.groups.iter().filter(|(_, g)| !(g.phase.is_over() && g.is_reaped()));
         let state = SavedState {
             cluster: self.config.cluster,
@@ -106,8 +108,10 @@ impl Head {
                 .collect(),
             groups: kept.map(|(id, g)| save_group(*id, g)).collect(),
             placement_groups: self.placement_groups.iter().map(|(id, p)| save_placement_group(*id, p)).collect(),
-            over_groups: self.buried_groups.iter().copied().chain(reaped).collect(),
+            over_groups: self.buried_groups.iter().copied().collect(),
             over_placement_groups: self.buried_bundles.iter().copied().collect(),
+            events: self.events.iter().cloned().collect(),
+            ended: self.ended_after(0).into_iter().filter(|ended| reaped(&ended.group)).collect(),
         };
         let body = codec::encode(&state);
         let mut bytes = Vec::with_capacity(HEADER + body.len());
@@ -124,14 +128,10 @@ impl Head {
     /// # Errors
     /// [`RestoreError`] for anything but a whole state file of this version.
     pub fn restore(config: HeadConfig, bytes: &[u8], now: Instant) -> Result<Self, RestoreError> {
-        let body = bytes.get(HEADER..).ok_or(RestoreError)?;
-        let sum = fnv1a(body).to_le_bytes();
-        if bytes[..4] != MAGIC || bytes[4..6] != VERSION.to_le_bytes() || bytes[6..HEADER] != sum {
-            return Err(RestoreError);
-        }
-        let saved: SavedState = codec::decode(body).map_err(|_| RestoreError)?;
+        let saved = read(bytes)?;
         let mut head = Self::new(config, now);
         head.config.cluster = saved.cluster;
+        head.remember(Story::new(saved.events, saved.ended), now);
         head.buried_groups = saved.over_groups.into();
         head.buried_bundles = saved.over_placement_groups.into();
         for node in saved.nodes {
@@ -163,6 +163,7 @@ impl Head {
             tokens: Vec::new(),
             token_problem: String::new(),
             contest: None,
+            launches: Launches::default(),
             cause: if was_here { "it has yet to dial the restarted head".into() } else { saved.cause },
             since: now,
         };
@@ -200,6 +201,8 @@ impl Head {
             told_on: None,
             parts: std::collections::BTreeMap::new(),
             ended: saved.phase.is_over().then_some(now),
+            resumed: None,
+            end_number: if saved.phase.is_over() { self.next_end() } else { 0 },
         };
         for saved in saved.parts {
             let mut part = Part::new(saved.ranks, saved.keeper, now);
@@ -210,8 +213,29 @@ impl Head {
             }
             group.parts.insert(saved.node, part);
         }
+        // A launch that came over from an earlier head, and whose nodes had not all come when this was saved.
+        group.resumed = (group.phase == Phase::Placing && !group.is_whole()).then(|| Self::resumed(now));
         self.groups.insert(saved.id, group);
     }
+}
+
+impl Story {
+    /// The past alone, out of a head's state file.
+    ///
+    /// # Errors
+    /// As for [`Head::restore`].
+    pub fn of_state(bytes: &[u8]) -> Result<Self, RestoreError> {
+        read(bytes).map(|saved| Self::new(saved.events, saved.ended))
+    }
+}
+
+fn read(bytes: &[u8]) -> Result<SavedState, RestoreError> {
+    let body = bytes.get(HEADER..).ok_or(RestoreError)?;
+    let sum = fnv1a(body).to_le_bytes();
+    if bytes[..4] != MAGIC || bytes[4..6] != VERSION.to_le_bytes() || bytes[6..HEADER] != sum {
+        return Err(RestoreError);
+    }
+    codec::decode(body).map_err(|_| RestoreError)
 }
 
 fn save_group(id: GroupId, group: &Group) -> SavedGroup {

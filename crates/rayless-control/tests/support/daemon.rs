@@ -6,13 +6,14 @@ use super::{
     world::{Event, MS, World, host_of, node_id},
 };
 use rayless_control::{
-    Candidate, Head, Member, SessionId, head,
+    Candidate, Head, Member, SessionId,
+    head::{self, Story},
     liveness::Detector,
     member::{self, MemberConfig, Target},
 };
 use rayless_proto::{
     ids::{ClusterId, GroupId, Incarnation, NodeId, PlacementGroupId, RequestId, Term},
-    v1::control::{FromHead, HeadTerm, HeldGroup, HeldPlacementGroup, RankAllocation, ToHead, ToNode},
+    v1::control::{EndedGroup, FromHead, HeadTerm, HeldGroup, HeldPlacementGroup, ToHead, ToNode},
 };
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -43,7 +44,11 @@ pub struct Daemon {
     pub next_request: RequestId,
     /// Answered requests: a second answer changes nothing.
     pub told: BTreeSet<RequestId>,
-    pub ended: VecDeque<(GroupId, String)>,
+    pub ended: VecDeque<EndedGroup>,
+    /// Launches that were answered with a placement, and their drivers.
+    pub placed: Vec<(RequestId, usize)>,
+    /// What a head has told this standby of the past.
+    pub story: Story,
     pub bundles: BTreeMap<PlacementGroupId, HeldPlacementGroup>,
     pub draining: BTreeSet<u32>,
     pub fenced: bool,
@@ -91,7 +96,7 @@ impl World {
                 cluster: ClusterId(cluster),
                 seed: self.rng.next(),
                 dead_after,
-                unix_us: 1_700_000_000_000_000,
+                unix_us: 1_700_000_000_000_000 + u64::try_from(self.now.as_micros()).unwrap_or(0),
             };
             let head = saved
                 .and_then(|bytes| Head::restore(config.clone(), &bytes, now).ok())
@@ -108,6 +113,8 @@ impl World {
             next_request: 1,
             told: BTreeSet::new(),
             ended: VecDeque::new(),
+            placed: Vec::new(),
+            story: Story::default(),
             bundles: BTreeMap::new(),
             draining: BTreeSet::new(),
             fenced: false,
@@ -326,6 +333,8 @@ impl World {
 
     fn join_message(&self, host: usize, incarnation: Incarnation) -> ToHead {
         let h = &self.hosts[host];
+        let is_launch = |message: &ToHead| matches!(message, ToHead::CreateGroup { .. });
+        let is_live = |driver: usize| self.drivers[driver].state.is_live();
         let held = h.keepers.iter().map(|(group, k)| HeldGroup {
             group: *group,
             name: k.name.clone(),
@@ -335,6 +344,7 @@ impl World {
             pids: k.pids.clone(),
             states: k.states.clone(),
             links: k.links.clone(),
+            launch: k.requester.filter(|_| k.driver.is_none()),
         });
         ToHead::Join {
             info: self.info(host, incarnation.0),
@@ -342,6 +352,12 @@ impl World {
             seen: h.seen,
             held: held.collect(),
             ended: h.daemon.iter().flat_map(|d| d.ended.iter().cloned()).collect(),
+            asks: h
+                .daemon
+                .iter()
+                .flat_map(|d| d.requests.iter().filter(|(_, r)| is_launch(&r.1)).map(|r| *r.0))
+                .collect(),
+            told: h.daemon.iter().flat_map(|d| d.placed.iter().filter(|p| is_live(p.1)).map(|p| p.0)).collect(),
             held_placement_groups: h.daemon.iter().flat_map(|d| d.bundles.values().cloned()).collect(),
         }
     }
@@ -391,8 +407,9 @@ impl World {
 
     fn node_message(&mut self, host: usize, message: ToNode) {
         match message {
-            ToNode::StartKeeper { group, name, world_size, driver_node, ranks } => {
-                self.start_keeper(host, group, name, world_size, driver_node, ranks);
+            ToNode::StartKeeper { group, name, world_size, driver_node, ranks, requester } => {
+                let keeper = KeeperSim::new(name, world_size, driver_node, ranks, requester, self.now, self.dead_after);
+                self.start_keeper(host, group, keeper);
             }
             ToNode::StopKeeper { group, cause } => {
                 if self.hosts[host].keepers.contains_key(&group) {
@@ -420,7 +437,12 @@ impl World {
                 _ => {}
             },
             ToNode::GroupPlaced { request, group, placements, .. } => match self.answered(host, request) {
-                Some(Asker::Driver(d)) => self.on_placed(d, group, placements),
+                Some(Asker::Driver(d)) => {
+                    if let Some(daemon) = self.hosts[host].daemon.as_mut() {
+                        daemon.placed.push((request, d));
+                    }
+                    self.on_placed(d, group, placements);
+                }
                 _ => self.decline(host, request),
             },
             ToNode::PlacementGroupPlaced { request, id, nodes } => match self.answered(host, request) {
@@ -457,6 +479,11 @@ impl World {
                 }
             }
             ToNode::Tokens(set) => self.take_tokens(host, set.marks()),
+            ToNode::Story { whole, events, ended } => {
+                if let Some(daemon) = self.hosts[host].daemon.as_mut() {
+                    daemon.story.take(whole, events, ended);
+                }
+            }
             ToNode::Welcome { .. }
             | ToNode::Refused(_)
             | ToNode::Fenced { .. }
@@ -488,15 +515,7 @@ impl World {
         }
     }
 
-    fn start_keeper(
-        &mut self,
-        host: usize,
-        group: GroupId,
-        name: String,
-        world_size: u32,
-        driver_node: NodeId,
-        ranks: Vec<RankAllocation>,
-    ) {
+    fn start_keeper(&mut self, host: usize, group: GroupId, keeper: KeeperSim) {
         if let Some(known) = self.hosts[host].keepers.get(&group) {
             if known.phase == KeeperPhase::Up {
                 self.tell_head(host, ToHead::KeeperReady { group });
@@ -504,9 +523,9 @@ impl World {
             return;
         }
         if !self.started.insert((host, group)) {
-            self.broken = Some(format!("the keeper of {name} is started a second time on {}", self.hosts[host].name));
+            self.broken =
+                Some(format!("the keeper of {} is started a second time on {}", keeper.name, self.hosts[host].name));
         }
-        let keeper = KeeperSim::new(name, world_size, driver_node, ranks, self.now, self.dead_after);
         self.hosts[host].keepers.insert(group, keeper);
         self.check_devices(host);
         if !self.hosts[host].mute {

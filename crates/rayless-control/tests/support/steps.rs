@@ -8,7 +8,7 @@ use rayless_control::liveness::{Detector, Transition};
 use rayless_proto::{
     ids::{GroupId, NodeId, PlacementGroupId, RequestId},
     v1::{
-        control::{GroupSpec, NeedHave, Placement, RankAllocation, ToHead, WorkerState},
+        control::{EndedGroup, GroupSpec, NeedHave, Placement, RankAllocation, Requester, ToHead, WorkerState},
         link::{LinkReport, LinkState, LinkTransport},
         status::NodeState,
     },
@@ -36,6 +36,7 @@ pub struct KeeperSim {
     pub pids: Vec<u32>,
     pub states: Vec<WorkerState>,
     pub links: Vec<LinkReport>,
+    pub requester: Option<Requester>,
     pub phase: KeeperPhase,
     pub driver: Option<usize>,
     pub watch: Detector<()>,
@@ -48,6 +49,7 @@ impl KeeperSim {
         world_size: u32,
         driver_node: NodeId,
         ranks: Vec<RankAllocation>,
+        requester: Option<Requester>,
         now: Duration,
         dead_after: Duration,
     ) -> Self {
@@ -60,6 +62,7 @@ impl KeeperSim {
             pids: vec![0; count],
             states: vec![WorkerState::Starting; count],
             links: Vec::new(),
+            requester,
             phase: KeeperPhase::Starting,
             driver: None,
             watch: Detector::new(dead_after),
@@ -303,12 +306,20 @@ impl World {
 
     pub fn on_keeper_reaped(&mut self, host: usize, group: GroupId) {
         let Some(keeper) = self.hosts[host].keepers.remove(&group) else { return };
-        let cause = match keeper.phase {
+        let cause = match keeper.phase.clone() {
             KeeperPhase::Ending(cause) => cause,
             KeeperPhase::Starting | KeeperPhase::Up => "the keeper died".to_owned(),
         };
         if let Some(daemon) = self.hosts[host].daemon.as_mut() {
-            daemon.ended.push_back((group, cause.clone()));
+            daemon.ended.push_back(EndedGroup {
+                group,
+                name: keeper.name,
+                world_size: keeper.world_size,
+                driver_node: keeper.driver_node,
+                cause: cause.clone(),
+                time_us: 1_700_000_000_000_000 + u64::try_from(self.now.as_micros()).unwrap_or(0),
+                ranks: vec![(node_id(host), keeper.ranks.iter().map(|rank| rank.rank).collect())],
+            });
             if daemon.ended.len() > 64 {
                 daemon.ended.pop_front();
             }

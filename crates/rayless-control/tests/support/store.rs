@@ -37,6 +37,7 @@ pub struct Store {
     throne: Option<Throne>,
     term: Term,
     cluster: Option<ClusterId>,
+    authority: Option<String>,
     revision: u64,
     /// What each daemon was shown last.
     shown: BTreeMap<usize, (u64, u64)>,
@@ -55,6 +56,7 @@ impl Store {
             throne: None,
             term: Term(0),
             cluster: None,
+            authority: None,
             revision: 1,
             shown: BTreeMap::new(),
         }
@@ -67,6 +69,7 @@ impl Store {
             seats: self.seats.values().cloned().collect(),
             term: self.term,
             cluster: self.cluster,
+            authority: self.authority.clone(),
         }
     }
 
@@ -110,6 +113,7 @@ impl World {
             cluster: ClusterId(cluster),
             seen: self.hosts[host].seen.map_or(Term(0), |seen| seen.term),
             store: "etcd://10.0.9.9:2379".into(),
+            authorities: self.authorities(host),
         };
         let candidate = Candidate::new(config, self.lease_clock(host));
         if let Some(store) = &mut self.store {
@@ -246,6 +250,15 @@ impl World {
                     election::Input::Claimed { attempt, term, cluster, revision }
                 }
             }
+            election::Effect::NameAuthority { key_revision, authority } => {
+                if store.throne.as_ref().is_some_and(|throne| throne.revision == key_revision)
+                    && store.authority.as_ref() != Some(&authority)
+                {
+                    store.authority = Some(authority);
+                    store.revision += 1;
+                }
+                return;
+            }
             election::Effect::GiveBack(lease) => return store.revoke(lease),
             _ => return,
         };
@@ -302,12 +315,13 @@ impl World {
             cluster,
             seed: self.rng.next(),
             dead_after: self.dead_after,
-            unix_us: 1_700_000_000_000_000,
+            unix_us: 1_700_000_000_000_000 + u64::try_from(self.now.as_micros()).unwrap_or(0),
         };
         let dead_after = self.dead_after;
         if let Some(daemon) = self.hosts[host].daemon.as_mut() {
-            let side = HeadSide { head: Head::new(config, now), detector: Detector::new(dead_after), timer: None };
-            daemon.head = Some(side);
+            let mut head = Head::new(config, now);
+            head.remember(daemon.story.clone(), now);
+            daemon.head = Some(HeadSide { head, detector: Detector::new(dead_after), timer: None });
         }
         self.hand_in_tokens(host, None);
         self.member_in(host, member::Input::Heads(vec![Target::Here], "this daemon is the head now".into()));
@@ -316,9 +330,8 @@ impl World {
     fn step_down(&mut self, host: usize, cause: &str) {
         self.say(format!("{}: {cause}", self.hosts[host].name));
         let Some(daemon) = self.hosts[host].daemon.as_mut() else { return };
-        if daemon.head.take().is_none() {
-            return;
-        }
+        let Some(side) = daemon.head.take() else { return };
+        daemon.story = side.head.story();
         for conn in 0..self.conns.len() {
             if self.conns[conn].head_host == host && self.conns[conn].head_open {
                 self.conns[conn].head_open = false;

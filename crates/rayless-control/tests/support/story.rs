@@ -331,6 +331,10 @@ impl Story {
             ["cannot", "finish", "rotation"] => {
                 return self.world.finish_rotation().map_or(Ok(()), |()| Err("but it can".into()));
             }
+            ["give", "token", from, to] => {
+                let (from, to) = (self.host(from)?, self.host(to)?);
+                self.world.hosts[to].tokens = self.world.hosts[from].tokens.clone();
+            }
             ["disk", full, h] => {
                 let host = self.host(h)?;
                 self.world.hosts[host].disk_full = *full == "full";
@@ -560,6 +564,11 @@ impl Story {
                 let node = status.nodes.iter().find(|n| n.name == *h).ok_or("but it is not there")?;
                 let gpu = node.gpus.iter().find(|g| g.index.to_string() == *index).ok_or("but there is none")?;
                 if gpu.state.name() == *state { Ok(()) } else { Err(format!("but it is {}", gpu.state.name())) }
+            }
+            ["event", kind] => {
+                let events = self.world.status().ok_or("there is no head")?.events;
+                let said = events.iter().filter(|e| e.kind == *kind).map(|e| e.cause.as_str());
+                contains(&said.collect::<Vec<_>>().join("\n"))
             }
             ["keepers", h, n] => {
                 let is = self.world.hosts[self.host(h.trim_end_matches(':'))?].keepers.len();

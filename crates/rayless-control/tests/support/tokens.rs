@@ -58,6 +58,22 @@ impl World {
         let left = h.overlap_ends.map(|end| end.saturating_sub(self.now));
         let set = TokenSet { current: marked(h.tokens[0]), previous: h.tokens.get(1).map(|mark| marked(*mark)) };
         self.head_in(host, head::Input::Tokens { set, overlap: overlap.or(left) });
+        self.name_authority(host);
+    }
+
+    pub fn authorities(&self, host: usize) -> Vec<String> {
+        self.hosts[host].tokens.iter().map(|mark| format!("authority {}", mark.0[7])).collect()
+    }
+
+    /// Tells the candidate what this daemon accepts; as the head, what it wants of others: the new token once all who live have it.
+    pub fn name_authority(&mut self, host: usize) {
+        let held = self.authorities(host);
+        let side = self.hosts[host].daemon.as_ref().and_then(|d| d.head.as_ref());
+        let spread = side.is_some_and(|side| side.head.without_token().is_empty());
+        let wanted = if spread { held.first() } else { held.last() };
+        if let Some(wanted) = wanted.cloned() {
+            self.candidate_in(host, rayless_control::election::Input::Authorities { held, wanted });
+        }
     }
 
     pub fn take_tokens(&mut self, host: usize, marks: Vec<TokenMark>) {
@@ -67,6 +83,7 @@ impl World {
             self.hosts[host].tokens = marks;
             ""
         };
+        self.name_authority(host);
         self.tell_tokens(host, problem);
     }
 

@@ -231,7 +231,11 @@ impl World {
                 self.send_frame(conn, false, Frame::Close);
             }
             (Frame::Up(message), Some(session)) => {
+                let tokens_held = matches!(*message, ToHead::TokensHeld { .. });
                 self.head_in(host, head::Input::Message { session, message: *message });
+                if tokens_held {
+                    self.name_authority(host);
+                }
             }
             (Frame::Down(message), _) => self.member_in(host, member::Input::Message(member_session, *message)),
             (Frame::Close, Some(session)) if up => {

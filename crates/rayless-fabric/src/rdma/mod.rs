@@ -118,6 +118,14 @@ impl Slots {
     }
 }
 
+/// For the fuzz target: reads an answer, which must be one again when it is written.
+#[cfg(fuzzing)]
+pub(crate) fn decode_slots(private: &[u8]) {
+    if let Some(slots) = Slots::decode(private) {
+        assert!(Slots::decode(&slots.encode()).is_some_and(|again| again.place.address == slots.place.address));
+    }
+}
+
 /// Opens the sending end of a link to a listening receiver, through the device that has the address `from` (if
 /// given) and reaches `to`. Blocks for at most `config.handshake`.
 pub fn connect(

@@ -3,19 +3,25 @@
 use super::{
     Poke,
     bell::ring,
+    borrow::Borrower,
     check_alive,
+    loan::{self, Fate},
     memory::{Memory, RING},
+    record::{FIXED, Record},
     watch::{Watched, watch},
 };
 use crate::{
-    error::TransportError,
+    error::{LostKind, TransportError},
     scatter::ScatterMut,
     transport::{Counters, Inbound, Level, SharedPage},
     wait::Wake,
 };
 use rustix::io::Errno;
 use std::{
-    os::unix::net::UnixStream,
+    os::{
+        fd::{AsRawFd, RawFd},
+        unix::net::UnixStream,
+    },
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
@@ -34,13 +40,37 @@ pub(super) struct ShmInbound {
     /// The sender's, as last seen.
     tail: u64,
     sleeps: u64,
+    /// Reads the sender's memory; or why not.
+    borrower: Result<Borrower, String>,
+    coming: Coming,
+    /// Loans so far.
+    loans: u64,
+    /// The variable part of a record.
+    rest: Vec<u8>,
+}
+
+/// How the body in progress comes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Coming {
+    /// Not known yet, or it is short and comes through the ring.
+    Unknown,
+    /// It is long and comes through the ring.
+    Ring,
+    /// It is lent.
+    Lent,
 }
 
 impl ShmInbound {
-    pub(super) fn new(memory: Arc<Memory>, socket: UnixStream) -> Result<Self, Errno> {
+    pub(super) fn new(
+        memory: Arc<Memory>,
+        socket: UnixStream,
+        borrower: Result<Borrower, String>,
+    ) -> Result<Self, Errno> {
         let poke = Arc::new(Poke::new(Arc::clone(&memory), |words| &words.data.0));
         let socket = Some(watch(socket, &poke)?);
-        Ok(Self { memory, poke, socket, head: 0, published: 0, tail: 0, sleeps: 0 })
+        let borrower = borrower.map_err(|why| format!("{}: {why}", super::RING_ONLY));
+        let (coming, rest) = (Coming::Unknown, Vec::new());
+        Ok(Self { memory, poke, socket, head: 0, published: 0, tail: 0, sleeps: 0, borrower, coming, loans: 0, rest })
     }
 
     /// Bytes that have come; looks at the sender's counter only when the last look does not suffice.
@@ -55,6 +85,83 @@ impl ShmInbound {
         Ok((self.tail - self.head).min(wanted))
     }
 
+    /// Reads the record in front of a long body of `len` bytes. False: it has not come.
+    fn read_record(&mut self, len: u64) -> Result<bool, TransportError> {
+        let nonsense =
+            || TransportError { kind: LostKind::Corrupt, cause: "a loan's record makes no sense".to_owned() };
+        let mut fixed = [0; FIXED];
+        if self.available(FIXED as u64)? < FIXED as u64 {
+            return Ok(false);
+        }
+        self.memory.copy_out(self.head, &mut fixed);
+        let rest = Record::rest(&fixed).ok_or_else(nonsense)?;
+        // It was published in one piece.
+        let whole = (FIXED + rest) as u64;
+        if self.available(whole)? < whole {
+            return Err(nonsense());
+        }
+        self.rest.resize(rest, 0);
+        self.memory.copy_out(self.head + FIXED as u64, &mut self.rest);
+        let Ok(borrower) = &mut self.borrower else { return Err(nonsense()) };
+        Record::decode(&fixed, &self.rest, len, &mut borrower.record).ok_or_else(nonsense)?;
+        self.head += whole;
+        if borrower.record.parts.is_empty() {
+            self.coming = Coming::Ring;
+        } else if borrower.record.number == self.loans + 1 {
+            self.loans += 1;
+            borrower.begin();
+            self.coming = Coming::Lent;
+        } else {
+            return Err(nonsense());
+        }
+        Ok(true)
+    }
+
+    /// Reads the next record and makes its addresses ones that cannot be read.
+    #[cfg(test)]
+    pub(super) fn forget_where(&mut self, body: &mut ScatterMut<'_, '_>) {
+        assert!(self.read_record(body.len()).unwrap());
+        self.borrower.as_mut().unwrap().record.parts.iter_mut().for_each(|part| part.address = 4096);
+    }
+
+    /// Copies a lent body on. True: it is whole, and it counts.
+    fn borrow(&mut self, body: &mut ScatterMut<'_, '_>, filled: &mut u64) -> Result<bool, TransportError> {
+        let revoked = || TransportError::gone("the sender gave up in the middle of a payload");
+        let Ok(borrower) = &mut self.borrower else { return Ok(false) };
+        let words = self.memory.words();
+        if loan::fate(&words.loan.0, self.loans) != Some(Fate::Offered) {
+            return Err(revoked());
+        }
+        if let Err(errno) = borrower.copy(body, filled) {
+            if errno == Errno::SRCH {
+                return Err(TransportError::gone(super::SENDER_ENDED));
+            }
+            if let Some(socket) = &self.socket {
+                check_alive(socket.socket(), "sender")?;
+            }
+            // Memory that the kernel does not read for others (a device's), or a permission that has gone.
+            if !loan::decline(&words.loan.0, self.loans) {
+                return Err(revoked());
+            }
+            ring(&words.room.0);
+            *filled = 0;
+            self.coming = Coming::Ring;
+            return Ok(false);
+        }
+        if !borrower.finish(body, filled) {
+            return Ok(false);
+        }
+        if borrower.is_the_sender() != Ok(true) {
+            return Err(TransportError::gone(super::SENDER_ENDED));
+        }
+        if !loan::take(&words.loan.0, self.loans) {
+            return Err(revoked());
+        }
+        ring(&words.room.0);
+        self.coming = Coming::Unknown;
+        Ok(true)
+    }
+
     /// Gives the room back that has been read.
     fn publish(&mut self) {
         let words = self.memory.words();
@@ -67,6 +174,10 @@ impl ShmInbound {
 impl Inbound for ShmInbound {
     fn level(&self) -> Level {
         Level::Shm
+    }
+
+    fn descriptors(&self) -> Vec<RawFd> {
+        self.socket.iter().map(|watched| watched.socket().as_raw_fd()).collect()
     }
 
     fn shared_page(&self) -> Option<SharedPage> {
@@ -87,11 +198,26 @@ impl Inbound for ShmInbound {
         Ok(*filled == head.len())
     }
 
+    fn mode(&self) -> Option<&str> {
+        Some(self.borrower.as_ref().map_or_else(String::as_str, |_| super::CMA))
+    }
+
     fn read_body(&mut self, body: &mut ScatterMut<'_, '_>, filled: &mut u64) -> Result<bool, TransportError> {
+        if self.borrower.is_ok() && body.len() > RING as u64 {
+            if self.coming == Coming::Unknown && !self.read_record(body.len())? {
+                return Ok(false);
+            }
+            if self.coming == Coming::Lent {
+                return self.borrow(body, filled);
+            }
+        }
         loop {
             let left = body.len() - *filled;
             let available = self.available(left.min(PIECE))?;
             if available == 0 {
+                if left == 0 {
+                    self.coming = Coming::Unknown;
+                }
                 return Ok(left == 0);
             }
             let mut at = self.head;
@@ -107,6 +233,10 @@ impl Inbound for ShmInbound {
     }
 
     fn wait(&mut self, at_most: Duration) -> Result<(), TransportError> {
+        if self.coming == Coming::Lent {
+            // There is something to copy, or what is wrong shows by that.
+            return Ok(());
+        }
         self.sleeps += 1;
         if self.published != self.head {
             self.publish();

@@ -5,7 +5,10 @@
 //! referenced; the counters give each byte to one side at a time. A peer that breaks this protocol can only make us
 //! copy bytes that mean nothing, which the layers above check: peers are processes of one group and one user.
 
-use super::bell::{ASLEEP, Bell};
+use super::{
+    bell::{ASLEEP, Bell},
+    loan::Word,
+};
 use crate::{transport::SharedPage, wake::timespec};
 use rustix::{
     fd::{AsFd, BorrowedFd, OwnedFd},
@@ -32,6 +35,8 @@ const GPU_AT: usize = PAGE;
 const RING_AT: usize = GPU_AT + crate::cuda::PAGE;
 const SIZE: usize = RING_AT + RING;
 const REASON: usize = 512;
+/// Words of the nonce.
+pub(super) const NONCE: usize = 4;
 
 /// A futex word in shared memory.
 #[repr(transparent)]
@@ -53,6 +58,24 @@ impl Bell for FutexBell {
     }
 }
 
+/// The word of the loans.
+#[repr(transparent)]
+pub(super) struct Loans(AtomicU64);
+
+impl Word for Loans {
+    fn load(&self) -> u64 {
+        self.0.load(Ordering::Acquire)
+    }
+
+    fn store(&self, value: u64) {
+        self.0.store(value, Ordering::Release);
+    }
+
+    fn replace(&self, from: u64, to: u64) -> bool {
+        self.0.compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire).is_ok()
+    }
+}
+
 /// Keeps what the two sides write in lines of their own (two: the prefetcher fetches pairs).
 #[repr(C, align(128))]
 pub(super) struct Apart<T>(pub(super) T);
@@ -61,15 +84,24 @@ pub(super) struct Apart<T>(pub(super) T);
 #[repr(C)]
 pub(super) struct Words {
     /// Written by the sender before the memory is passed, echoed by the receiver into `proof`.
-    pub(super) nonce: [AtomicU64; 4],
-    pub(super) proof: [AtomicU64; 4],
+    pub(super) nonce: [AtomicU64; NONCE],
+    pub(super) proof: [AtomicU64; NONCE],
+    /// The sender's process id, and the namespace that it has it in.
+    pub(super) sender_pid: AtomicU32,
+    pub(super) pid_namespace: AtomicU64,
+    /// Where the sender keeps the nonce in memory of its own; 0: it lends nothing.
+    pub(super) secret_at: AtomicU64,
+    /// 1 once the receiver has read it there: long payloads are lent.
+    pub(super) one_copy: AtomicU32,
     /// Bytes ever written to the ring; moved by the sender.
     pub(super) tail: Apart<AtomicU64>,
     /// Bytes ever read from it; moved by the receiver.
     pub(super) head: Apart<AtomicU64>,
+    /// What became of the newest loan.
+    pub(super) loan: Apart<Loans>,
     /// The receiver sleeps here for bytes.
     pub(super) data: Apart<FutexBell>,
-    /// The sender sleeps here for room.
+    /// The sender sleeps here for room, or for a loan to be taken.
     pub(super) room: Apart<FutexBell>,
     /// 1 once the sender will write no more.
     pub(super) sender_closed: Apart<AtomicU32>,

@@ -4,7 +4,9 @@ use super::{
     Poke,
     bell::ring,
     check_alive,
-    memory::{Memory, RING},
+    loan::{self, Fate},
+    memory::{Memory, NONCE, RING},
+    record::{self, Record},
     watch::{Watched, watch},
 };
 use crate::{
@@ -15,7 +17,10 @@ use crate::{
 };
 use rustix::io::Errno;
 use std::{
-    os::unix::net::UnixStream,
+    os::{
+        fd::{AsRawFd, RawFd},
+        unix::net::UnixStream,
+    },
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
@@ -32,13 +37,35 @@ pub(super) struct ShmOutbound {
     /// The receiver's, as last seen.
     head: u64,
     sleeps: u64,
+    /// Where the receiver finds that we are who made the link; `None`: it copies out of the ring only.
+    secret: Option<Box<[u64; NONCE]>>,
+    loan: Loan,
+    /// Loans so far.
+    loans: u64,
+    record: Vec<u8>,
+}
+
+/// What is with the body in progress.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Loan {
+    /// None, or it is short: it goes through the ring.
+    None,
+    /// It is long, was announced, and goes through the ring all the same.
+    Ring,
+    /// It is lent: the receiver may be reading it.
+    Out,
 }
 
 impl ShmOutbound {
-    pub(super) fn new(memory: Arc<Memory>, socket: UnixStream) -> Result<Self, Errno> {
+    pub(super) fn new(
+        memory: Arc<Memory>,
+        socket: UnixStream,
+        secret: Option<Box<[u64; NONCE]>>,
+    ) -> Result<Self, Errno> {
         let poke = Arc::new(Poke::new(Arc::clone(&memory), |words| &words.room.0));
         let socket = Some(watch(socket, &poke)?);
-        Ok(Self { memory, poke, socket, tail: 0, head: 0, sleeps: 0 })
+        let (loan, record) = (Loan::None, Vec::with_capacity(record::FIXED));
+        Ok(Self { memory, poke, socket, tail: 0, head: 0, sleeps: 0, secret, loan, loans: 0, record })
     }
 
     /// Bytes that may be written now; looks at the receiver's counter only when the last look does not suffice.
@@ -62,6 +89,43 @@ impl ShmOutbound {
         ring(&words.data.0);
     }
 
+    fn fate(&self) -> Result<Fate, TransportError> {
+        let fate = loan::fate(&self.memory.words().loan.0, self.loans);
+        fate.filter(|fate| *fate != Fate::Revoked)
+            .ok_or_else(|| TransportError::system("a loan", "the receiver's answer makes no sense"))
+    }
+
+    /// Writes the rest of the head and the record of the body in one piece. False: there is no room yet.
+    fn lend(&mut self, head: &[u8], body: &Scatter<'_>, cursor: &mut Cursor) -> Result<bool, TransportError> {
+        let (parts, tail) = body.parts();
+        let mut record = std::mem::take(&mut self.record);
+        Record::encode(self.loans + 1, parts, tail, &mut record);
+        let head = &head[cursor.head..];
+        let needed = (head.len() + record.len()) as u64;
+        let room = self.room(needed).map(|room| room >= needed);
+        if let Ok(true) = room {
+            let lent = record.len() > record::FIXED;
+            self.loan = if lent { Loan::Out } else { Loan::Ring };
+            if lent {
+                self.loans += 1;
+                loan::offer(&self.memory.words().loan.0, self.loans);
+                cursor.lent = true;
+            }
+            self.memory.copy_in(self.tail, head);
+            self.memory.copy_in(self.tail + head.len() as u64, &record);
+            cursor.head += head.len();
+            self.publish(self.tail + needed);
+        }
+        self.record = record;
+        room
+    }
+
+    /// What the receiver finds where the secret was is something else.
+    #[cfg(test)]
+    pub(super) fn spoil_secret(&mut self) {
+        self.secret.as_mut().unwrap()[3] ^= 1;
+    }
+
     fn check_receiver(&self) -> Result<(), TransportError> {
         if self.memory.words().receiver_closed.0.load(Ordering::Acquire) == 0 {
             return Ok(());
@@ -75,15 +139,45 @@ impl Outbound for ShmOutbound {
         Level::Shm
     }
 
+    fn descriptors(&self) -> Vec<RawFd> {
+        self.socket.iter().map(|watched| watched.socket().as_raw_fd()).collect()
+    }
+
     fn shared_page(&self) -> Option<SharedPage> {
         Some(self.memory.gpu_page())
     }
 
+    fn mode(&self) -> Option<&str> {
+        Some(if self.secret.is_some() { super::CMA } else { super::RING_ONLY })
+    }
+
+    fn lends(&self, body: u64) -> bool {
+        self.secret.is_some() && body > RING as u64
+    }
+
     fn write(&mut self, head: &[u8], body: &Scatter<'_>, cursor: &mut Cursor) -> Result<bool, TransportError> {
+        if self.loan == Loan::Out {
+            match self.fate()? {
+                Fate::Taken => {
+                    self.loan = Loan::None;
+                    cursor.body = body.len();
+                    return Ok(true);
+                }
+                Fate::Declined => self.loan = Loan::Ring,
+                Fate::Offered | Fate::Revoked => return self.check_receiver().map(|()| false),
+            }
+        }
         self.check_receiver()?;
+        if self.loan == Loan::None
+            && self.lends(body.len())
+            && (!self.lend(head, body, cursor)? || self.loan == Loan::Out)
+        {
+            return Ok(false);
+        }
         loop {
             let left = (head.len() - cursor.head) as u64 + (body.len() - cursor.body);
             if left == 0 {
+                self.loan = Loan::None;
                 return Ok(true);
             }
             // A message that fits is published whole, with one ring of the bell.
@@ -111,12 +205,19 @@ impl Outbound for ShmOutbound {
     fn wait(&mut self, at_most: Duration) -> Result<(), TransportError> {
         self.sleeps += 1;
         let words = self.memory.words();
-        let seen = self.head;
-        let moved =
-            || words.head.0.load(Ordering::Acquire) != seen || words.receiver_closed.0.load(Ordering::Acquire) != 0;
+        let (seen, lent) = (self.head, (self.loan == Loan::Out).then_some(self.loans));
+        let moved = || {
+            let news = match lent {
+                Some(number) => loan::fate(&words.loan.0, number) != Some(Fate::Offered),
+                None => words.head.0.load(Ordering::Acquire) != seen,
+            };
+            news || words.receiver_closed.0.load(Ordering::Acquire) != 0
+        };
         self.poke.sleep_unless(at_most, moved);
         match &self.socket {
             Some(socket) if !moved() => check_alive(socket.socket(), "receiver"),
+            // It may have taken the loan before it went.
+            _ if lent.is_some() => Ok(()),
             _ => self.check_receiver(),
         }
     }
@@ -127,6 +228,11 @@ impl Outbound for ShmOutbound {
 
     fn close(&mut self, _whole: bool) {
         let words = self.memory.words();
+        if self.loan == Loan::Out {
+            // From here on the caller may do with its tensors what it wants.
+            loan::revoke(&words.loan.0, self.loans);
+            self.loan = Loan::None;
+        }
         words.sender_closed.0.store(1, Ordering::Release);
         ring(&words.data.0);
         self.socket = None;

@@ -2,11 +2,11 @@
 //!
 //! Their ends sleep on futexes, which no death rings. Each link's socket ends with the peer, however it dies; one
 //! thread, started with the first link, sleeps on all those sockets and ends the sleep on the bell of the link whose socket
-//! ended. It costs the links nothing while they move. In a process forked from one that has links the thread is
-//! missing, and a death is noticed at the end of a sleep's slice.
+//! ended. It costs the links nothing while they move. A process forked from one that has links has a watcher of its own if it
+//! makes links of its own.
 
 use super::Poke;
-use crate::wait::Wake;
+use crate::{fork::NotInChildren, wait::Wake};
 use rustix::{
     event::epoll,
     fd::{AsFd, OwnedFd},
@@ -14,13 +14,20 @@ use rustix::{
 };
 use std::{
     collections::HashMap,
-    os::unix::net::UnixStream,
-    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak},
+    os::{fd::AsRawFd, unix::net::UnixStream},
+    ptr,
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak,
+        atomic::{AtomicPtr, Ordering},
+    },
 };
 
 struct Watcher {
+    // Before the descriptor: see `NotInChildren`.
+    _held: NotInChildren,
     sockets: OwnedFd,
     links: Mutex<Links>,
+    started: OnceLock<Result<(), Errno>>,
 }
 
 #[derive(Default)]
@@ -63,20 +70,41 @@ impl Drop for Watched {
     }
 }
 
+/// This process's watcher, once it has links.
+static WATCHER: AtomicPtr<Watcher> = AtomicPtr::new(ptr::null_mut());
+
+/// A forked child has neither the thread nor, soon, the descriptor: it makes a watcher of its own, should it make links of its own.
+pub(crate) fn forget_watcher() {
+    WATCHER.store(ptr::null_mut(), Ordering::Release);
+}
+
 fn watcher() -> Result<&'static Watcher, Errno> {
-    static WATCHER: OnceLock<Result<Watcher, Errno>> = OnceLock::new();
-    static STARTED: OnceLock<Result<(), Errno>> = OnceLock::new();
-    let made = WATCHER.get_or_init(|| {
-        let sockets = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        Ok(Watcher { sockets, links: Mutex::default() })
-    });
-    let watcher = made.as_ref().map_err(|errno| *errno)?;
+    // SAFETY: what the pointer ever pointed to was leaked, and is never written but through its own locks.
+    let found = || unsafe { WATCHER.load(Ordering::Acquire).as_ref() };
+    let watcher = match found() {
+        Some(watcher) => watcher,
+        None => {
+            let sockets = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+            let held = NotInChildren::new(vec![sockets.as_raw_fd()]);
+            let fresh = Box::new(Watcher { sockets, _held: held, links: Mutex::default(), started: OnceLock::new() });
+            let fresh = Box::into_raw(fresh);
+            match WATCHER.compare_exchange(ptr::null_mut(), fresh, Ordering::AcqRel, Ordering::Acquire) {
+                // SAFETY: made a moment ago, and leaked from here on.
+                Ok(_) => unsafe { &*fresh },
+                Err(_) => {
+                    // SAFETY: made a moment ago, and nobody else knows it.
+                    drop(unsafe { Box::from_raw(fresh) });
+                    found().ok_or(Errno::AGAIN)?
+                }
+            }
+        }
+    };
     let start = || {
         let thread = std::thread::Builder::new().name("rl-link-watch".to_owned());
         let started = thread.spawn(move || watcher.run());
         started.map(drop).map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::AGAIN))
     };
-    STARTED.get_or_init(start).map(|()| watcher)
+    watcher.started.get_or_init(start).map(|()| watcher)
 }
 
 impl Watcher {

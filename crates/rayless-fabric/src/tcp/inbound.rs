@@ -18,7 +18,12 @@ use rustix::{
         sockopt::{Timeout, set_socket_timeout},
     },
 };
-use std::{io::IoSliceMut, sync::Arc, time::Duration};
+use std::{
+    io::IoSliceMut,
+    os::fd::{AsRawFd, RawFd},
+    sync::Arc,
+    time::Duration,
+};
 
 /// Bytes read ahead on the first stream: a small message comes in with one call, header and all.
 const STAGE: usize = 64 << 10;
@@ -138,6 +143,10 @@ fn receive(stream: BorrowedFd<'_>, out: &mut [IoSliceMut<'_>]) -> Result<Option<
 impl Inbound for TcpInbound {
     fn level(&self) -> Level {
         Level::Tcp
+    }
+
+    fn descriptors(&self) -> Vec<RawFd> {
+        self.streams.iter().map(AsRawFd::as_raw_fd).collect()
     }
 
     fn read_head(&mut self, head: &mut [u8], filled: &mut usize) -> Result<bool, TransportError> {

@@ -15,7 +15,12 @@ use rustix::{
     io::Errno,
     net::{RecvFlags, SendAncillaryBuffer, SendFlags},
 };
-use std::{io::IoSlice, sync::Arc, time::Duration};
+use std::{
+    io::IoSlice,
+    os::fd::{AsRawFd, RawFd},
+    sync::Arc,
+    time::Duration,
+};
 
 /// Slices handed to one system call.
 const SLICES: usize = 16;
@@ -103,6 +108,10 @@ impl TcpOutbound {
 impl Outbound for TcpOutbound {
     fn level(&self) -> Level {
         Level::Tcp
+    }
+
+    fn descriptors(&self) -> Vec<RawFd> {
+        self.streams.iter().map(AsRawFd::as_raw_fd).collect()
     }
 
     fn write(&mut self, head: &[u8], body: &Scatter<'_>, cursor: &mut Cursor) -> Result<bool, TransportError> {

@@ -26,6 +26,7 @@ use rustls::Connection;
 use std::{
     io::{self, Read, Write},
     net::TcpStream,
+    os::fd::{AsRawFd, RawFd},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -256,6 +257,10 @@ impl Outbound for TlsOutbound {
         Level::Tcp
     }
 
+    fn descriptors(&self) -> Vec<RawFd> {
+        self.pipe.iter().map(|pipe| pipe.socket.as_raw_fd()).collect()
+    }
+
     fn write(&mut self, head: &[u8], body: &Scatter<'_>, cursor: &mut Cursor) -> Result<bool, TransportError> {
         let pipe = self.pipe()?;
         let mut step = || -> Result<bool, Stuck> {
@@ -354,6 +359,10 @@ impl TlsInbound {
 impl Inbound for TlsInbound {
     fn level(&self) -> Level {
         Level::Tcp
+    }
+
+    fn descriptors(&self) -> Vec<RawFd> {
+        self.pipe.iter().map(|pipe| pipe.socket.as_raw_fd()).collect()
     }
 
     fn read_head(&mut self, head: &mut [u8], filled: &mut usize) -> Result<bool, TransportError> {

@@ -3,7 +3,7 @@
 use crate::{
     fixture::{Fixture, TICKET, fresh_name, long},
     message::send_flat,
-    transports::{Rxe, Shm, Siw, Tcp, Tls},
+    transports::{Rxe, Shm, ShmRing, Siw, Tcp, Tls},
 };
 use rayless_fabric::{
     Acceptor, DType, Extra, LinkConfig, LinkName, LostKind, RecvError, RecvLink, SendError, SendLink, TensorSpec, Wait,
@@ -70,6 +70,7 @@ fn child() {
         asked if is::<Tcp<3>>(asked) => live::<Tcp<3>>(role, step, name, address),
         asked if is::<Tls>(asked) => live::<Tls>(role, step, name, address),
         asked if is::<Shm>(asked) => live::<Shm>(role, step, name, address),
+        asked if is::<ShmRing>(asked) => live::<ShmRing>(role, step, name, address),
         asked if is::<Rxe>(asked) => live::<Rxe>(role, step, name, address),
         asked if is::<Siw>(asked) => live::<Siw>(role, step, name, address),
         other => panic!("{other}"),

@@ -48,6 +48,7 @@ macro_rules! conformance {
 }
 
 conformance!(shm, crate::transports::Shm);
+conformance!(shm_ring, crate::transports::ShmRing);
 conformance!(tcp, crate::transports::Tcp<1>);
 conformance!(tcp_striped, crate::transports::Tcp<3>);
 conformance!(tls, crate::transports::Tls);

@@ -88,6 +88,34 @@ impl Fixture for Shm {
     }
 }
 
+/// Shared memory whose sender does not lend: two copies through the ring.
+pub(crate) struct ShmRing;
+
+impl Fixture for ShmRing {
+    const LEVEL: Level = Level::Shm;
+    type Listener = <Shm as Fixture>::Listener;
+
+    fn listen() -> Self::Listener {
+        Shm::listen()
+    }
+
+    fn address(listener: &Self::Listener) -> String {
+        Shm::address(listener)
+    }
+
+    fn connect(address: &str, name: LinkName, ticket: Ticket, config: &LinkConfig) -> Result<SendLink, EstablishError> {
+        Shm::connect(address, name, ticket, &LinkConfig { one_copy: false, ..config.clone() })
+    }
+
+    fn accept(listener: &Self::Listener, acceptor: &mut Acceptor) -> Result<RecvLink, EstablishError> {
+        Shm::accept(listener, acceptor)
+    }
+
+    fn nonsense(listener: &Self::Listener) -> io::Result<String> {
+        Shm::nonsense(listener)
+    }
+}
+
 /// TCP over loopback within TLS.
 pub(crate) struct Tls;
 

@@ -3,14 +3,14 @@
 use super::event::ClientId;
 use rayless_proto::{
     ids::{PlacementGroupId, RequestId},
-    limits::WAIT_REPORT_PERIOD,
+    limits::{MAX_CLIENT_BACKLOG, WAIT_REPORT_PERIOD},
     v1::{
         control::{GroupSpec, ToHead},
         local::{ClientRequest, DaemonMessage},
     },
 };
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeSet, VecDeque},
     time::{Duration, Instant},
 };
 use tokio::sync::mpsc;
@@ -23,13 +23,30 @@ pub(crate) struct Client {
     pub(crate) outbox: Option<mpsc::Sender<DaemonMessage>>,
     /// Whether a group was placed for it: it then is told of nodes.
     pub(crate) is_driver: bool,
+    /// The last launches whose placement it was told of, by this node's numbers: a head that takes over asks for them.
+    pub(crate) launches: VecDeque<RequestId>,
     /// Its placement groups: they go when it goes, for they have no process of their own that could end.
     pub(crate) placement_groups: BTreeSet<PlacementGroupId>,
 }
 
 impl Client {
     pub(crate) const fn new(pid: u32, outbox: mpsc::Sender<DaemonMessage>) -> Self {
-        Self { pid, outbox: Some(outbox), is_driver: false, placement_groups: BTreeSet::new() }
+        Self {
+            pid,
+            outbox: Some(outbox),
+            is_driver: false,
+            launches: VecDeque::new(),
+            placement_groups: BTreeSet::new(),
+        }
+    }
+
+    /// A group was placed for it, and it is told so.
+    pub(crate) fn is_told(&mut self, launch: RequestId) {
+        self.is_driver = true;
+        if self.launches.len() >= MAX_CLIENT_BACKLOG {
+            self.launches.pop_front();
+        }
+        self.launches.push_back(launch);
     }
 
     /// Closes its connection once what was answered is written.
@@ -60,6 +77,10 @@ pub(crate) enum Wants {
 }
 
 impl Pending {
+    pub(crate) const fn is_launch(&self) -> bool {
+        matches!(self.wants, Wants::Group(_))
+    }
+
     /// The request as the head gets it; a launch has waited for part of its time already.
     pub(crate) fn message(&self, request: RequestId, now: Instant) -> ToHead {
         match &self.wants {

@@ -17,7 +17,8 @@ use crate::{
     tokens::Tokens,
 };
 use rayless_control::{
-    Head, Member, SessionId, election, head,
+    Head, Member, SessionId, election,
+    head::{self, Story},
     member::{self, Target},
 };
 use rayless_net::identity::{ClusterIdentity, NodeKey};
@@ -25,7 +26,9 @@ use rayless_proto::{
     ids::{GroupId, NodeId, PlacementGroupId, RequestId},
     limits::REAP_TIMEOUT,
     v1::{
-        control::{FromHead, HeadTerm, HeldGroup, HeldPlacementGroup, NodeInfo, RefusalKind, ToHead, ToNode},
+        control::{
+            EndedGroup, FromHead, HeadTerm, HeldGroup, HeldPlacementGroup, NodeInfo, RefusalKind, ToHead, ToNode,
+        },
         local::ClientReply,
         status::NodeState,
     },
@@ -87,7 +90,9 @@ pub(crate) struct Core {
     /// Groups whose keeper is gone while the memory of their GPUs is looked at: still held, cause not yet told to the head.
     pub(crate) ending: BTreeMap<GroupId, (HeldGroup, String)>,
     /// The last groups that ended here, with their causes: what was told of them may have been lost with its session.
-    pub(crate) ended: VecDeque<(GroupId, String)>,
+    pub(crate) ended: VecDeque<EndedGroup>,
+    /// On a standby: what the head has told it of the past.
+    pub(crate) story: Story,
     /// GPUs whose memory is not back, by group.
     pub(crate) draining: BTreeMap<GroupId, BTreeSet<u32>>,
     pub(crate) placement_groups: BTreeMap<PlacementGroupId, HeldPlacementGroup>,
@@ -344,17 +349,23 @@ impl Core {
             head::Effect::Superseded(term) => self.stand_for(election::Input::Superseded(term)),
             head::Effect::EndOverlap => self.end_overlap(now),
             head::Effect::Notify(event) => tracing::info!("{}: {}", event.kind, event.cause),
-            // The next head is another daemon, as a rule, and this one's view of today is wrong when it comes back.
-            head::Effect::SaveState(_) if self.stand.is_some() => {}
-            head::Effect::SaveState(bytes) => match run_dir::write_atomically(&self.run.head_state(), &bytes) {
-                Ok(()) => self.save_failed = false,
-                // A full disk is no reason to end: nodes bring what they hold.
-                Err(error) if !self.save_failed => {
-                    self.save_failed = true;
-                    tracing::error!(%error, "cannot save the head's state; a restart will rely on the nodes alone");
-                }
-                Err(_) => {}
-            },
+            head::Effect::SaveState(bytes) => {
+                // Where heads take turns the next one is another daemon, as a rule, and only the past is of use in this one's file.
+                let file = if self.stand.is_some() { self.run.head_story() } else { self.run.head_state() };
+                self.save_head(run_dir::write_atomically(&file, &bytes));
+            }
+        }
+    }
+
+    fn save_head(&mut self, outcome: std::io::Result<()>) {
+        match outcome {
+            Ok(()) => self.save_failed = false,
+            // A full disk is no reason to end: nodes bring what they hold.
+            Err(error) if !self.save_failed => {
+                self.save_failed = true;
+                tracing::error!(%error, "cannot save the head's state; a restart will rely on the nodes alone");
+            }
+            Err(_) => {}
         }
     }
 
@@ -368,8 +379,12 @@ impl Core {
         if matches!(&input, head::Input::Message { message: ToHead::Status { .. }, .. }) {
             self.tell_heard(now);
         }
+        let tokens_held = matches!(&input, head::Input::Message { message: ToHead::TokensHeld { .. }, .. });
         if let Some(head) = &mut self.head {
             head.handle(now, input);
+        }
+        if tokens_held {
+            self.name_authority();
         }
     }
 
@@ -406,6 +421,8 @@ impl Core {
             seen: self.seen,
             held: held.cloned().collect(),
             ended: self.ended.iter().cloned().collect(),
+            asks: self.requests.iter().filter(|(_, pending)| pending.is_launch()).map(|(number, _)| *number).collect(),
+            told: self.clients.values().flat_map(|client| &client.launches).copied().collect(),
             held_placement_groups: self.placement_groups.values().cloned().collect(),
         }
     }
@@ -563,8 +580,8 @@ impl Core {
     /// A message of the head for this node.
     fn head_said(&mut self, message: ToNode, now: Instant) {
         match message {
-            ToNode::StartKeeper { group, name, world_size, driver_node, ranks } => {
-                self.start_keeper(group, name, world_size, driver_node, ranks);
+            ToNode::StartKeeper { group, name, world_size, driver_node, ranks, requester } => {
+                self.start_keeper(group, name, world_size, driver_node, ranks, requester);
             }
             ToNode::StopKeeper { group, cause } => self.stop_keeper(group, &cause),
             ToNode::HoldPlacementGroup(held) => {
@@ -578,6 +595,7 @@ impl Core {
                 self.tell_drivers(&ClientReply::KeeperStopped { group, node, stopped });
             }
             ToNode::Tokens(set) => self.take_tokens(&set),
+            ToNode::Story { whole, events, ended } => self.story.take(whole, events, ended),
             ToNode::Notice(event) => tracing::info!("head: {}: {}", event.kind, event.cause),
             ToNode::MakeReport(by) => self.make_report(by),
             answer => self.answer_from_head(answer, now),

@@ -4,14 +4,19 @@ use super::{
     Talk,
     core::{Core, STATE_REPORT_PERIOD},
     drain::{self, Used},
+    event::Event,
     keepers::{self, Keeper},
 };
-use crate::inventory::{self, gpu::Probe, rdma};
+use crate::inventory::{
+    self,
+    gpu::{self, Probe},
+    rdma,
+};
 use rayless_proto::{
     ids::{GroupId, NodeId},
-    limits::{HEARTBEAT_PERIOD, MAX_ENDED_GROUPS, MAX_ENDED_LOGS, MAX_LINK_ENDS},
+    limits::{HEARTBEAT_PERIOD, MAX_CAUSE, MAX_ENDED_GROUPS, MAX_ENDED_LOGS, MAX_LINK_ENDS},
     v1::{
-        control::{HeldGroup, RankAllocation, ToHead},
+        control::{EndedGroup, HeldGroup, RankAllocation, Requester, ToHead},
         keeper::{FromKeeper, KeeperConfig},
         local::ClientReply,
         status::NodeState,
@@ -21,12 +26,17 @@ use rayless_worker::keeper::KeeperHandle;
 use std::{
     collections::BTreeSet,
     os::fd::OwnedFd,
+    thread,
     time::{Duration, Instant},
 };
+use tokio::{sync::oneshot, time::timeout};
 
 /// How long a keeper waits for its driver's first session. The driver is told once all keepers are up, and then has only
 /// to connect: a longer silence is a driver that died in between.
 const DRIVER_WAIT: Duration = Duration::from_secs(60);
+
+/// How long a daemon that finds groups with GPUs waits for NVML before it joins without: where it hangs, so do the groups.
+const GPU_LOOK_TIMEOUT: Duration = Duration::from_secs(10);
 
 impl Core {
     /// The head wants a keeper for these ranks.
@@ -37,6 +47,7 @@ impl Core {
         world_size: u32,
         driver_node: NodeId,
         ranks: Vec<RankAllocation>,
+        requester: Option<Requester>,
     ) {
         if let Some(keeper) = self.keepers.get(&group) {
             // Asked again after the head or the session was lost.
@@ -49,8 +60,8 @@ impl Core {
             Ok(leaf) => leaf,
             Err(error) => {
                 let cause = format!("no identity for a keeper on {}: {error}", self.info.name);
-                self.tell_ended(group, cause);
-                return;
+                let held = keepers::held_before_start(group, name, world_size, driver_node, ranks, requester);
+                return self.tell_ended(held, cause);
             }
         };
         self.look_at_rdma();
@@ -75,8 +86,10 @@ impl Core {
             dead_after_ms: u64::try_from(self.dead_after.as_millis()).unwrap_or(u64::MAX),
             driver_wait_ms: u64::try_from(DRIVER_WAIT.as_millis()).unwrap_or(u64::MAX),
             links: self.info.links.clone(),
+            requester,
         };
-        let keeper = Keeper::starting(keepers::held_before_start(group, name, world_size, driver_node, ranks));
+        let keeper =
+            Keeper::starting(keepers::held_before_start(group, name, world_size, driver_node, ranks, requester));
         // A GPU that another group shares is not back to anything after this one.
         let shared: BTreeSet<u32> = self.keepers.values().flat_map(Keeper::gpus).collect();
         let measured: Vec<u32> =
@@ -127,10 +140,11 @@ impl Core {
             }
             Err(cause) => {
                 tracing::error!(%group, "{cause}");
-                self.keepers.remove(&group);
-                keepers::forget(&self.run, group);
                 let cause = format!("{} cannot start its workers: {}", self.info.name, one_line(&cause));
-                self.tell_ended(group, cause);
+                keepers::forget(&self.run, group);
+                if let Some(keeper) = self.keepers.remove(&group) {
+                    self.tell_ended(keeper.held, cause);
+                }
             }
         }
     }
@@ -190,7 +204,7 @@ impl Core {
         let still_held: BTreeSet<u32> = self.keepers.values().flat_map(Keeper::gpus).collect();
         let before = drain::worth_watching(used, &still_held);
         if before.is_empty() {
-            self.tell_ended(group, cause);
+            self.tell_ended(held, cause);
         } else {
             // The head hears that GPUs drain before it hears that they are given back.
             self.ending.insert(group, (held, cause));
@@ -218,17 +232,26 @@ impl Core {
     }
 
     /// What the group held here is free.
-    fn tell_ended(&mut self, group: GroupId, cause: String) {
+    fn tell_ended(&mut self, held: HeldGroup, cause: String) {
         if self.ended.len() >= MAX_ENDED_GROUPS {
             self.ended.pop_front();
         }
-        self.ended.push_back((group, cause.clone()));
+        let HeldGroup { group, name, world_size, driver_node, ranks, .. } = held;
+        self.ended.push_back(EndedGroup {
+            group,
+            name,
+            world_size,
+            driver_node,
+            cause: cause.chars().take(MAX_CAUSE).collect(),
+            time_us: super::unix_us(),
+            ranks: vec![(self.info.id, ranks.iter().map(|rank| rank.rank).collect())],
+        });
         self.tell_head(ToHead::GroupEnded { group, cause });
     }
 
     fn end_group(&mut self, group: GroupId) {
-        if let Some((_, cause)) = self.ending.remove(&group) {
-            self.tell_ended(group, cause);
+        if let Some((held, cause)) = self.ending.remove(&group) {
+            self.tell_ended(held, cause);
         }
     }
 
@@ -334,6 +357,34 @@ impl Core {
         tokio::spawn(async move {
             if let Err(error) = hand_over.session(stream).await {
                 tracing::warn!(%group, from, %error, "a step session could not be handed to its keeper");
+            }
+        });
+    }
+
+    /// Asks NVML on a thread of its own: it may take seconds. Nobody waits for it, unless groups of an earlier daemon hold GPUs: a head that hears of
+    /// this node without them ends these groups. (NVML is quick while GPUs are in use.)
+    pub(crate) async fn look_for_gpus(&mut self, talk: &mut dyn FnMut(Talk)) {
+        let (tx, rx) = oneshot::channel();
+        let spawned = thread::Builder::new().name("nvml".to_owned()).spawn(move || {
+            let _ = tx.send(gpu::probe());
+        });
+        if let Err(error) = spawned {
+            tracing::error!(%error, "cannot look for GPUs");
+            return;
+        }
+        let mut probe = Box::pin(rx);
+        if self.keepers.values().any(|keeper| !keeper.gpus().is_empty()) {
+            talk(Talk::Line("looking for the GPUs that they hold".to_owned()));
+            match timeout(GPU_LOOK_TIMEOUT, &mut probe).await {
+                Ok(Ok(found)) => return self.gpus_found(&found, talk),
+                Ok(Err(_)) => return,
+                Err(_) => talk(Talk::Line(format!("NVML does not answer after {} s", GPU_LOOK_TIMEOUT.as_secs()))),
+            }
+        }
+        let events = self.events.clone();
+        tokio::spawn(async move {
+            if let Ok(found) = probe.await {
+                let _ = events.send(Event::GpusFound(found)).await;
             }
         });
     }

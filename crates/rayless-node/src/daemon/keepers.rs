@@ -12,7 +12,7 @@ use rayless_proto::{
     ids::{GroupId, NodeId, Rank},
     limits::REAP_TIMEOUT,
     v1::{
-        control::{HeldGroup, RankAllocation, WorkerState},
+        control::{HeldGroup, RankAllocation, Requester, WorkerState},
         keeper::KeeperConfig,
         local::LeafBundle,
         status::NodeState,
@@ -178,6 +178,8 @@ impl Keeper {
     /// change between ready and busy is told once a second by [`Self::take_changed`].
     pub(crate) fn worker_changed(&mut self, rank: Rank, pid: u32, state: WorkerState) -> bool {
         let Some(at) = self.held.ranks.iter().position(|known| known.rank == rank) else { return false };
+        // No worker is started before the driver has come.
+        self.held.launch = None;
         let before = self.held.states.get(at).copied();
         if let (Some(known_pid), Some(known_state)) = (self.held.pids.get_mut(at), self.held.states.get_mut(at)) {
             *known_pid = pid;
@@ -223,10 +225,11 @@ pub(crate) fn held_before_start(
     world_size: u32,
     driver_node: NodeId,
     ranks: Vec<RankAllocation>,
+    launch: Option<Requester>,
 ) -> HeldGroup {
     let pids = vec![0; ranks.len()];
     let states = vec![WorkerState::Starting; ranks.len()];
-    HeldGroup { group, name, world_size, driver_node, ranks, pids, states, links: Vec::new() }
+    HeldGroup { group, name, world_size, driver_node, ranks, pids, states, links: Vec::new(), launch }
 }
 
 /// Starts a keeper in the background: [`Event::KeeperStarted`] tells how it went. `measured`: GPUs whose memory is
@@ -310,7 +313,7 @@ mod tests {
     #[test]
     fn ready_and_busy_are_told_once_a_second_and_the_rest_at_once() {
         let rank = |rank| RankAllocation { rank, allocation: Allocation::default(), placement_group: None };
-        let held = held_before_start(GroupId([1; 8]), String::new(), 2, NodeId([1; 32]), vec![rank(4), rank(7)]);
+        let held = held_before_start(GroupId([1; 8]), String::new(), 2, NodeId([1; 32]), vec![rank(4), rank(7)], None);
         let mut keeper = Keeper::starting(held);
         let now = Instant::now();
         let second = Duration::from_secs(1);

@@ -31,7 +31,7 @@ use crate::{
 };
 use rayless_control::{
     Head, Member,
-    head::HeadConfig,
+    head::{HeadConfig, Story},
     member::{MemberConfig, Target},
 };
 use rayless_net::{
@@ -58,7 +58,6 @@ use std::{
     net::{IpAddr, SocketAddr},
     path::PathBuf,
     sync::Arc,
-    thread,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 use tokio::{
@@ -251,9 +250,6 @@ async fn start(config: DaemonConfig, lock: RunDirLock, talk: &mut dyn FnMut(Talk
     };
     let named = if addresses.len() == 1 { addresses.first().copied() } else { None };
     tell_of_rdma(&info, talk);
-    if inventory.gpus_unknown {
-        probe_gpus(events.clone());
-    }
     tokio::spawn(clients::accept(socket, events.clone()));
     let member = Member::new(
         MemberConfig {
@@ -291,6 +287,7 @@ async fn start(config: DaemonConfig, lock: RunDirLock, talk: &mut dyn FnMut(Talk
         keepers,
         ending: BTreeMap::new(),
         ended: VecDeque::new(),
+        story: Story::default(),
         draining: BTreeMap::new(),
         placement_groups: BTreeMap::new(),
         clients: BTreeMap::new(),
@@ -309,6 +306,9 @@ async fn start(config: DaemonConfig, lock: RunDirLock, talk: &mut dyn FnMut(Talk
     core.hand_in_tokens(overlap, started);
     if core.tokens.was_rotated() {
         core.identify_keepers();
+    }
+    if inventory.gpus_unknown {
+        core.look_for_gpus(talk).await;
     }
     let outcome = core.serve(queue, talk).await;
     drop(lock);
@@ -526,16 +526,6 @@ fn take_signals(events: &Events) -> Result<(), DaemonError> {
         });
     }
     Ok(())
-}
-
-/// Asks NVML on a thread of its own: it may take seconds.
-fn probe_gpus(events: Events) {
-    let spawned = thread::Builder::new().name("nvml".to_owned()).spawn(move || {
-        let _ = events.blocking_send(Event::GpusFound(gpu::probe()));
-    });
-    if let Err(error) = spawned {
-        tracing::error!(%error, "cannot look for GPUs");
-    }
 }
 
 #[cfg(test)]

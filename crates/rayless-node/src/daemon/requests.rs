@@ -129,7 +129,7 @@ impl Core {
                 let known: Vec<_> = nodes.iter().map(|node| (node.id, node.name.clone())).collect();
                 self.finish(request, ClientReply::GroupPlaced { group, placements, nodes, local_keeper, leaf });
                 if let Some(client) = self.clients.get_mut(&client) {
-                    client.is_driver = true;
+                    client.is_told(request);
                 }
                 // They were alive a moment ago, or nothing would have been placed on them.
                 for (node, name) in known {

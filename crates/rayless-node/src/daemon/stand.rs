@@ -8,7 +8,7 @@ use crate::store::{self, StoreConfig, StoreHandle, StoreNews};
 use rayless_control::{
     Candidate, Head, SessionId,
     election::{self, CandidateConfig},
-    head::{self, HeadConfig},
+    head::{self, HeadConfig, Story},
     member::{self, Target},
 };
 use rayless_proto::{
@@ -77,6 +77,7 @@ impl Stand {
             cluster,
             seen: seen.map_or(Term(0), |seen| seen.term),
             store: shown.clone(),
+            authorities: authorities.clone(),
         };
         let (store, news) = store::open(config, seat.clone(), authorities, lease);
         let candidate = Candidate::new(candidate, clock.now());
@@ -129,6 +130,11 @@ impl Core {
     /// Gives the candidate an input, and does what it says at once: nothing may come between its decision and the deed.
     pub(crate) fn stand_for(&mut self, input: election::Input) {
         let Some(stand) = &mut self.stand else { return };
+        if let election::Input::Authorities { held, .. } = &input
+            && let Some(store) = &stand.store
+        {
+            store.accept(held.clone());
+        }
         stand.candidate.handle(stand.clock.now(), input);
         while let Some(effect) = self.stand.as_mut().and_then(|stand| stand.candidate.poll_effect()) {
             match effect {
@@ -204,16 +210,30 @@ impl Core {
         };
         self.say(format!("this daemon is the head now (term {})", term.0));
         self.head_address = String::new();
-        self.head = Some(Head::new(config, now));
+        let mut head = Head::new(config, now);
+        head.remember(self.past(), now);
+        self.head = Some(head);
         let overlap = self.tokens.overlap_left(SystemTime::now());
         self.hand_in_tokens(overlap, now);
         let cause = "this daemon is the head now".to_owned();
         self.member.handle(now, member::Input::Heads(vec![Target::Here], cause));
     }
 
+    /// What has happened, as far as this daemon knows: by the head's word, or else by what it wrote itself in its last life. The rest of that file is no good
+    /// here: the last head was another daemon, as a rule, and nodes bring what they hold.
+    fn past(&mut self) -> Story {
+        let told = std::mem::take(&mut self.story);
+        if !told.is_empty() {
+            return told;
+        }
+        std::fs::read(self.run.head_story()).ok().and_then(|bytes| Story::of_state(&bytes).ok()).unwrap_or_default()
+    }
+
     fn leave_office(&mut self, cause: &str) {
         self.say(cause.to_owned());
-        self.head = None;
+        if let Some(head) = self.head.take() {
+            self.story = head.story();
+        }
         self.inside = None;
         self.wire.drop_nodes("this daemon is no longer the head");
         let others: Vec<HeadSeat> = self.stand.iter().flat_map(|stand| stand.candidate.others().cloned()).collect();
@@ -264,7 +284,10 @@ impl Core {
     pub(crate) fn no_head_because_of_store(&self) -> Option<Refusal> {
         let stand = self.stand.as_ref()?;
         let cause = stand.trouble()?;
-        let hint = format!("see that etcd runs at {}; running groups go on without a head", stand.shown());
+        let hint = match stand.candidate.barred() {
+            Some(_) => "start this daemon with the present token: `rayless token show` on the head".to_owned(),
+            None => format!("see that etcd runs at {}; running groups go on without a head", stand.shown()),
+        };
         Some(Refusal { kind: RefusalKind::NoHead, cause, hint })
     }
 }

@@ -3,7 +3,7 @@
 
 use super::{core::Core, event::ClientId};
 use crate::tokens::Tokens;
-use rayless_control::head;
+use rayless_control::{election, head};
 use rayless_net::{identity::ClusterIdentity, token::Token};
 use rayless_proto::{
     ids::RequestId,
@@ -88,6 +88,21 @@ impl Core {
     pub(crate) fn hand_in_tokens(&mut self, overlap: Option<Duration>, now: Instant) {
         let set = self.tokens.set();
         self.head_takes(head::Input::Tokens { set, overlap }, now);
+        self.name_authority();
+    }
+
+    /// Where heads take turns: tells the candidate what this daemon accepts, and which of that the next head must. While a new token is spread that is
+    /// the one before it, so that a head that dies then has a successor.
+    pub(crate) fn name_authority(&mut self) {
+        if self.stand.is_none() {
+            return;
+        }
+        let held = self.identity.authority_names();
+        let spread = self.head.as_ref().is_some_and(|head| head.without_token().is_empty());
+        let wanted = if spread { held.first() } else { held.last() };
+        if let Some(wanted) = wanted.cloned() {
+            self.stand_for(election::Input::Authorities { held, wanted });
+        }
     }
 
     /// A keeper of an earlier daemon may still shake hands by tokens of that time.
@@ -124,6 +139,9 @@ impl Core {
         self.identity = identity;
         self.tokens = tokens;
         self.identify_keepers();
+        if self.head.is_none() {
+            self.name_authority();
+        }
         let accepts = if self.tokens.previous().is_some() { "and the one before it" } else { "alone" };
         tracing::info!(token = %self.tokens.current().mark(), "the cluster's token is accepted {accepts}");
     }

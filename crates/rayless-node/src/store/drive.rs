@@ -8,7 +8,11 @@ use super::{
 use rayless_control::election::{Effect, Input};
 use rayless_proto::v1::status::HeadSeat;
 use std::time::Duration;
-use tokio::{sync::mpsc, task::JoinHandle, time::sleep};
+use tokio::{
+    sync::{mpsc, watch},
+    task::JoinHandle,
+    time::sleep,
+};
 
 /// Between two attempts to watch; the first comes at once.
 const WATCH_RETRY: Duration = Duration::from_secs(1);
@@ -28,6 +32,7 @@ pub(crate) enum StoreNews {
 #[derive(Debug)]
 pub(crate) struct StoreHandle {
     asked: mpsc::UnboundedSender<Effect>,
+    authorities: watch::Sender<Vec<String>>,
     task: JoinHandle<()>,
 }
 
@@ -40,16 +45,18 @@ pub(crate) fn open(
 ) -> (StoreHandle, mpsc::UnboundedReceiver<StoreNews>) {
     let (news, told) = mpsc::unbounded_channel();
     let (asked, requests) = mpsc::unbounded_channel();
+    let (accepted, held) = watch::channel(authorities.clone());
     let drive = Drive {
         servers: Servers::new(config),
         seat: Seat { seat, authorities },
+        held,
         lease,
         link: None,
         known: false,
         watch: None,
         news,
     };
-    (StoreHandle { asked, task: tokio::spawn(drive.run(requests)) }, told)
+    (StoreHandle { asked, authorities: accepted, task: tokio::spawn(drive.run(requests)) }, told)
 }
 
 impl StoreHandle {
@@ -58,9 +65,14 @@ impl StoreHandle {
         let _ = self.asked.send(effect);
     }
 
+    /// Seats that are taken from here on name these authorities.
+    pub(crate) fn accept(&self, authorities: Vec<String>) {
+        self.authorities.send_replace(authorities);
+    }
+
     /// Ends it, once what was asked is done, or after a second.
     pub(crate) async fn close(self) {
-        let Self { asked, task } = self;
+        let Self { asked, task, .. } = self;
         drop(asked);
         let abort = task.abort_handle();
         if tokio::time::timeout(GIVE_BACK, task).await.is_err() {
@@ -72,6 +84,8 @@ impl StoreHandle {
 struct Drive {
     servers: Servers,
     seat: Seat,
+    /// Names of the authorities that this daemon accepts.
+    held: watch::Receiver<Vec<String>>,
     lease: Duration,
     /// The connection for requests.
     link: Option<Etcd>,
@@ -84,6 +98,7 @@ struct Drive {
 impl Drive {
     async fn run(mut self, mut requests: mpsc::UnboundedReceiver<Effect>) {
         while let Some(effect) = requests.recv().await {
+            self.seat.authorities.clone_from(&self.held.borrow());
             let attempt = match &effect {
                 Effect::Register { attempt, .. } | Effect::Renew { attempt, .. } | Effect::Claim { attempt, .. } => {
                     Some(*attempt)
@@ -100,10 +115,15 @@ impl Drive {
                     tracing::debug!(%error, "the store");
                     self.tell(StoreNews::Candidate(Input::StoreFailed(attempt, error.to_string())));
                 }
-                (Err(error), None) => tracing::info!(%error, "a lease could not be given back; it ends by itself"),
+                (Err(error), None) if matches!(effect, Effect::GiveBack(_)) => {
+                    tracing::info!(%error, "a lease could not be given back; it ends by itself");
+                }
+                // Asked again with the next renewal.
+                (Err(error), None) => tracing::debug!(%error, "the store"),
             }
             if matches!(effect, Effect::Register { .. }) && self.link.is_some() && self.watch.is_none() {
-                self.watch = Some(tokio::spawn(watch(self.servers.clone(), self.patience(), self.news.clone())));
+                self.watch =
+                    Some(tokio::spawn(keep_watching(self.servers.clone(), self.patience(), self.news.clone())));
             }
         }
         self.watch.take().inspect(JoinHandle::abort);
@@ -145,9 +165,11 @@ impl Drive {
         Ok(match *effect {
             Effect::Register { attempt, give_back } => {
                 if !self.known {
-                    let (_, others) = etcd.view().await?;
+                    let (view, others) = etcd.view().await?;
+                    // Seats of before a rotation name the old authority: whoever has the present one belongs here.
+                    let ours = view.authority.is_some_and(|named| self.seat.authorities.contains(&named));
                     let foreign = |other: &Seat| !other.authorities.iter().any(|a| self.seat.authorities.contains(a));
-                    if let Some(other) = others.iter().find(|other| foreign(other)) {
+                    if let Some(other) = others.iter().find(|other| !ours && foreign(other)) {
                         self.tell(StoreNews::Foreign(format!("{} ({})", other.seat.name, other.seat.address)));
                         return Ok(None);
                     }
@@ -170,6 +192,10 @@ impl Drive {
                     None => Some(Input::NotClaimed(attempt)),
                 }
             }
+            Effect::NameAuthority { key_revision, ref authority } => {
+                etcd.name_authority(key_revision, authority).await?;
+                None
+            }
             Effect::GiveBack(lease) => {
                 etcd.revoke(lease).await?;
                 None
@@ -180,7 +206,7 @@ impl Drive {
     }
 }
 
-async fn watch(servers: Servers, patience: Duration, news: mpsc::UnboundedSender<StoreNews>) {
+async fn keep_watching(servers: Servers, patience: Duration, news: mpsc::UnboundedSender<StoreNews>) {
     loop {
         let at = servers.present();
         let error = tokio::select! {

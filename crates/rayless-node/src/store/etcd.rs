@@ -4,6 +4,7 @@ use super::{StoreConfig, StoreError, http::Connection};
 use rayless_control::election::{Throne, View};
 use rayless_proto::{
     ids::{ClusterId, Term},
+    limits::{MAX_CAUSE, MAX_NAME},
     v1::status::HeadSeat,
 };
 use serde_json::{Value, json};
@@ -70,7 +71,17 @@ pub(crate) struct Seat {
     pub(crate) authorities: Vec<String>,
 }
 
+/// Highest term that is believed. They are counted up from one, so no true one comes near: whoever wrote a higher one into the
+/// store would leave none for the next head.
+const MAX_TERM: u64 = u64::MAX / 2;
+
 impl Etcd {
+    /// On a connection that is there.
+    #[cfg(any(test, fuzzing))]
+    pub(super) fn over(servers: Servers, connection: Connection) -> Self {
+        Self { servers, connection }
+    }
+
     /// Connects to the present server, and logs in where that is asked for.
     pub(crate) async fn open(servers: &Servers) -> Result<Self, StoreError> {
         let config = servers.config.clone();
@@ -192,6 +203,19 @@ impl Etcd {
         Ok((answer["succeeded"] == Value::Bool(true)).then_some(revision))
     }
 
+    /// Names the authority that a candidate must accept, if the head's key is still the one of that revision.
+    pub(crate) async fn name_authority(&mut self, key_revision: u64, authority: &str) -> Result<(), StoreError> {
+        let body = json!({
+            "compare": [
+                { "target": "MOD", "key": self.key("head"), "result": "EQUAL", "mod_revision": key_revision.to_string() },
+            ],
+            "success": [
+                { "request_put": { "key": self.key("authority"), "value": encode(authority.as_bytes()) } },
+            ],
+        });
+        self.call("kv/txn", body).await.map(drop)
+    }
+
     /// All that is there, and whose seats with which authorities.
     pub(crate) async fn view(&mut self) -> Result<(View, Vec<Seat>), StoreError> {
         let answer = self.call("kv/range", json!({ "key": self.key(""), "range_end": self.end() })).await?;
@@ -201,6 +225,7 @@ impl Etcd {
             seats: Vec::new(),
             term: Term(0),
             cluster: None,
+            authority: None,
         };
         let mut seats = Vec::new();
         for pair in answer["kvs"].as_array().into_iter().flatten() {
@@ -211,9 +236,11 @@ impl Etcd {
             match name {
                 "term" => {
                     let (term, cluster) = value.split_once(' ').ok_or_else(|| odd("the term makes no sense"))?;
-                    view.term = Term(term.parse().map_err(|_| odd("the term makes no sense"))?);
+                    let term = term.parse().ok().filter(|term| *term <= MAX_TERM);
+                    view.term = Term(term.ok_or_else(|| odd("the term makes no sense"))?);
                     view.cluster = Some(cluster.parse().map_err(|_| odd("the cluster's id makes no sense"))?);
                 }
+                "authority" => view.authority = Some(value),
                 "head" => {
                     let (seat, term) = Seat::read(&value).ok_or_else(|| odd("the head's key makes no sense"))?;
                     let (lease, revision) = (number(&pair["lease"])?, number(&pair["mod_revision"])?);
@@ -234,7 +261,7 @@ impl Etcd {
     /// Begins to watch all changes after `revision`; [`Self::changed`] then waits for them.
     pub(crate) async fn watch(&mut self, revision: u64) -> Result<(), StoreError> {
         let body = json!({ "create_request": {
-            "key": self.key(""), "range_end": self.end(), "start_revision": (revision + 1).to_string(),
+            "key": self.key(""), "range_end": self.end(), "start_revision": revision.saturating_add(1).to_string(),
         } });
         let token = self.servers.login();
         match self.connection.ask("/v3/watch", &body.to_string(), token.as_deref()).await? {
@@ -286,15 +313,20 @@ impl Seat {
 
     fn read(text: &str) -> Option<(Self, Term)> {
         let value: Value = serde_json::from_str(text).ok()?;
+        // Shown to people and sent to every node: short, and nothing that a terminal obeys.
+        let shown = |name: &str| {
+            value[name].as_str().filter(|text| text.len() <= MAX_NAME && !text.chars().any(char::is_control))
+        };
         let seat = HeadSeat {
             node: value["node"].as_str()?.parse().ok()?,
-            name: value["name"].as_str()?.to_owned(),
-            address: value["address"].as_str()?.to_owned(),
+            name: shown("name")?.to_owned(),
+            address: shown("address")?.to_owned(),
             active: false,
         };
         let authorities =
             value["authorities"].as_array()?.iter().filter_map(|a| Some(a.as_str()?.to_owned())).collect();
-        Some((Self { seat, authorities }, Term(value["term"].as_u64().unwrap_or(0))))
+        let term = value["term"].as_u64().unwrap_or(0);
+        (term <= MAX_TERM).then_some((Self { seat, authorities }, Term(term)))
     }
 }
 
@@ -304,7 +336,9 @@ fn term_text(term: Term, cluster: ClusterId) -> String {
 
 /// gRPC's codes: 5 not found, 7 and 16 not allowed; etcd says 3 (invalid) to a login that does not exist.
 fn refusal(code: Option<u64>, message: &Value) -> StoreError {
-    let message = message.as_str().unwrap_or("it refuses").trim_start_matches("etcdserver: ").to_owned();
+    let message = message.as_str().unwrap_or("it refuses").trim_start_matches("etcdserver: ");
+    // One line for people, whatever it says.
+    let message: String = message.chars().filter(|c| !c.is_control()).take(MAX_CAUSE).collect();
     match code {
         Some(5) if message.contains("lease") => StoreError::LeaseOver,
         Some(3 | 7 | 16) => StoreError::Denied(message),
@@ -335,7 +369,7 @@ pub(crate) async fn within<T>(
 const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
 
 /// Base 64 (RFC 4648, padded), in which the gateway writes keys and values.
-fn encode(bytes: &[u8]) -> String {
+pub(super) fn encode(bytes: &[u8]) -> String {
     let mut text = String::with_capacity(bytes.len().div_ceil(3) * 4);
     for three in bytes.chunks(3) {
         let word = three.iter().fold(0u32, |word, byte| word << 8 | u32::from(*byte)) << (8 * (3 - three.len()));
@@ -381,12 +415,65 @@ mod tests {
         assert_eq!(decode("a b"), None);
     }
 
+    /// What a candidate makes of a store with these keys, all of whose numbers are `number`.
+    async fn view_of(pairs: &[(&str, &str)], number: u64) -> Result<View, StoreError> {
+        let number = number.to_string();
+        let kvs: Vec<_> = pairs
+            .iter()
+            .map(|(key, value)| {
+                json!({
+                    "key": encode(format!("/rayless/default/{key}").as_bytes()), "value": encode(value.as_bytes()),
+                    "lease": number, "mod_revision": number,
+                })
+            })
+            .collect();
+        let body = json!({ "header": { "revision": number }, "kvs": kvs, "result": { "events": [1] } }).to_string();
+        let answer = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{body}", body.len()).repeat(2);
+        let (near, mut far) = tokio::io::duplex(1 << 16);
+        tokio::io::AsyncWriteExt::write_all(&mut far, answer.as_bytes()).await.unwrap();
+        let config = StoreConfig::new("etcd://x", &super::super::StoreAccess::default()).unwrap();
+        let mut etcd = Etcd::over(Servers::new(config), Connection::over(near));
+        let (view, _) = etcd.view().await?;
+        etcd.watch(view.revision).await?;
+        Ok(view)
+    }
+
+    #[tokio::test]
+    async fn numbers_at_their_end_are_taken_and_a_term_there_is_refused() {
+        let cluster = ClusterId([1; 16]);
+        let term = |term: u64| term_text(Term(term), cluster);
+        let view = view_of(&[("term", &term(7))], u64::MAX).await.unwrap();
+        assert_eq!((view.term, view.revision), (Term(7), u64::MAX));
+        let refused = view_of(&[("term", &term(u64::MAX))], 1).await;
+        assert_eq!(refused.unwrap_err(), odd("the term makes no sense"));
+    }
+
+    #[test]
+    fn what_the_store_says_is_one_line() {
+        let said = json!(format!("etcdserver: no\u{1b}[2J\n{}", "y".repeat(2 * MAX_CAUSE)));
+        let StoreError::Denied(line) = refusal(Some(7), &said) else { panic!("not denied") };
+        assert!(line.starts_with("no[2Jyy") && line.len() == MAX_CAUSE, "{line}");
+    }
+
     #[test]
     fn seats_are_read_back_and_nonsense_is_not() {
         let seat = HeadSeat { node: NodeId([7; 32]), name: "a".into(), address: "10.0.0.1:6379".into(), active: false };
         let written = Seat { seat: seat.clone(), authorities: vec!["x".into()] }.json(Some(Term(4))).to_string();
         let (read, term) = Seat::read(&written).unwrap();
         assert_eq!((read.seat, read.authorities, term), (seat, vec!["x".to_owned()], Term(4)));
+        let with = |name: &str, value: Value| {
+            let mut text: Value = serde_json::from_str(&written).unwrap();
+            text[name] = value;
+            text.to_string()
+        };
+        for bad in [
+            with("name", json!("a\u{1b}[2J")),
+            with("address", json!("1".repeat(MAX_NAME + 1))),
+            with("term", json!(u64::MAX)),
+            "[".repeat(100_000),
+        ] {
+            assert!(Seat::read(&bad).is_none(), "{bad:.200}");
+        }
         for bad in ["", "{}", "[]", "{\"node\":\"zz\",\"name\":\"a\",\"address\":\"b\",\"authorities\":[]}"] {
             assert!(Seat::read(bad).is_none(), "{bad}");
         }

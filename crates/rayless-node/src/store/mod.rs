@@ -8,6 +8,7 @@
 //! | `/rayless/NAME/head` | who is the head, under which term | the head's |
 //! | `/rayless/NAME/seats/<node>` | a daemon that may be: its node, name, address | its own |
 //! | `/rayless/NAME/term` | the last term and the cluster's id | none |
+//! | `/rayless/NAME/authority` | name (a hash) of the authority of the token that a head must accept | none |
 //!
 //! No token, key or state of the cluster is in it: nodes bring what they hold to a new head. A seat names the cluster's
 //! authorities by hash, so that a daemon with another token finds out before it does harm.
@@ -21,6 +22,8 @@
 
 mod drive;
 mod etcd;
+#[cfg(fuzzing)]
+pub mod fuzzed;
 mod http;
 
 pub(crate) use drive::{StoreHandle, StoreNews, open};

@@ -86,6 +86,39 @@ pub struct HeldGroup {
     pub states: Vec<WorkerState>,
     /// Ends of links that those ranks have.
     pub links: Vec<LinkReport>,
+    /// The request that it was started for, until its driver has come: a head that did not start it can answer that request, or
+    /// end what nobody waits for.
+    pub launch: Option<Requester>,
+}
+
+/// Whom the answer to a request goes to. The incarnation keeps a restarted daemon from being taken for its predecessor.
+#[derive(Archive, Serialize, Deserialize, Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Requester {
+    /// The node whose client asked.
+    pub node: NodeId,
+    /// In which life of it.
+    pub incarnation: Incarnation,
+    /// Its own number for the request.
+    pub request: RequestId,
+}
+
+/// A group that is over, as whoever comes later should know it.
+#[derive(Archive, Serialize, Deserialize, Clone, PartialEq, Eq, Debug)]
+pub struct EndedGroup {
+    /// The group.
+    pub group: GroupId,
+    /// Its name.
+    pub name: String,
+    /// Its number of ranks on all nodes.
+    pub world_size: u32,
+    /// Node of its driver.
+    pub driver_node: NodeId,
+    /// Empty where it was stopped in order; otherwise the one line of cause.
+    pub cause: String,
+    /// When, in microseconds since the Unix epoch on the clock of whoever says so: for the order only.
+    pub time_us: u64,
+    /// Ranks by node, of the nodes that whoever says so knows of.
+    pub ranks: Vec<(NodeId, Vec<Rank>)>,
 }
 
 /// What one rank holds on its node.
@@ -254,8 +287,12 @@ pub enum ToHead {
         /// Groups that it still runs: keepers that are starting, up, or ending and not yet reaped.
         held: Vec<HeldGroup>,
         /// Groups whose part here has ended in this life of the daemon (the last 64 will do), with the cause that
-        /// `GroupEnded` gave: that message may have been lost with its session.
-        ended: Vec<(GroupId, String)>,
+        /// `GroupEnded` gave: that message may have been lost with its session, or the head may be another one.
+        ended: Vec<EndedGroup>,
+        /// Launches that clients of this life still wait for: the requests themselves come again after the welcome.
+        asks: Vec<RequestId>,
+        /// Launches of this life that were answered with a placement to a client that is still there (the last 64 of each).
+        told: Vec<RequestId>,
         /// Placement groups that it still holds bundles of.
         held_placement_groups: Vec<HeldPlacementGroup>,
     },
@@ -467,6 +504,8 @@ pub enum ToNode {
         driver_node: NodeId,
         /// The ranks of this node.
         ranks: Vec<RankAllocation>,
+        /// Whose request it is for: see [`HeldGroup::launch`].
+        requester: Option<Requester>,
     },
     /// End this node's part of the group, now.
     StopKeeper {
@@ -551,6 +590,16 @@ pub enum ToNode {
     Tokens(TokenSet),
     /// Something that the node's own log should have too.
     Notice(Event),
+    /// To a standby: what the head knows of the past, so that a later head can show it. At most one such part each
+    /// [`crate::limits::STORY_PERIOD`], plus one for each 16 groups.
+    Story {
+        /// Whether this is the beginning: what was told before on another session is to be forgotten.
+        whole: bool,
+        /// Events, oldest first.
+        events: Vec<Event>,
+        /// Groups that are over, oldest first.
+        ended: Vec<EndedGroup>,
+    },
     /// Make this node's part of a report; answered with `ReportMade`.
     MakeReport(ReportAsker),
     /// Answer to `AskReport`.

@@ -11,7 +11,7 @@
 //! | `T` | a worker of this host | a u32 (little endian): the rank that is to have this connection; then its own |
 
 use super::{
-    control::{HeldGroup, NodeEnv, RankAllocation, WorkerState},
+    control::{HeldGroup, NodeEnv, RankAllocation, Requester, WorkerState},
     link::{LinkReport, LinkSettings},
     local::LeafBundle,
     step::{Look, RankLook},
@@ -52,6 +52,8 @@ pub struct KeeperConfig {
     pub driver_wait_ms: u64,
     /// What this node wants of links.
     pub links: LinkSettings,
+    /// Whose request the group is started for: it holds that in mind until the driver has come.
+    pub requester: Option<Requester>,
 }
 
 /// Daemon to keeper.

@@ -288,6 +288,8 @@ pub struct LinkReport {
     pub cause: String,
     /// What moves its bytes; `None` before that is settled.
     pub transport: Option<LinkTransport>,
+    /// How, where the transport has several ways. shm: `cma` (long payloads take one copy), or `ring` (two) with `: ` and why; else empty.
+    pub mode: String,
     /// RDMA device, else empty.
     pub device: String,
     /// Its GID, else empty.
@@ -317,6 +319,7 @@ impl LinkReport {
             state,
             cause: String::new(),
             transport: None,
+            mode: String::new(),
             device: String::new(),
             gid: String::new(),
             mtu: 0,
@@ -343,6 +346,7 @@ impl LinkReport {
         };
         self.rejected.truncate(MAX_REJECTED);
         cut(&mut self.cause);
+        cut(&mut self.mode);
         self.rejected.iter_mut().for_each(|(_, reason)| cut(reason));
     }
 

@@ -271,6 +271,8 @@ pub struct LinkStatus {
     pub cause: String,
     /// What moves its bytes; `None` before that is settled.
     pub transport: Option<LinkTransport>,
+    /// How, where the transport has several ways; see [`LinkReport::mode`].
+    pub mode: String,
     /// The sender's RDMA device, else empty. (The receiver's, while only that one has reported.)
     pub device: String,
     /// That device's GID, else empty.
@@ -306,8 +308,9 @@ impl LinkStatus {
             .filter_map(|(sender, receiver)| {
                 let one = sender.or(receiver)?;
                 let other = sender.and(receiver);
-                // The worse of both is the truth about the link.
-                let worst = [Some(one), other].into_iter().flatten().max_by_key(|report| match report.state {
+                // The worse of both is the truth about the link; of two that failed the sender knows more, for a
+                // receiver tells it why it gives up.
+                let worst = [other, Some(one)].into_iter().flatten().max_by_key(|report| match report.state {
                     LinkState::Open => 0,
                     LinkState::Opening => 1,
                     LinkState::Closed => 2,
@@ -321,6 +324,8 @@ impl LinkStatus {
                     state: worst.state,
                     cause: worst.cause.clone(),
                     transport: one.transport.or_else(|| other?.transport),
+                    // The receiver is who reads the other's memory, and knows why it cannot.
+                    mode: receiver.unwrap_or(one).mode.clone(),
                     device: one.device.clone(),
                     gid: one.gid.clone(),
                     mtu: one.mtu,
@@ -365,6 +370,7 @@ mod tests {
             state,
             cause: if state == LinkState::Failed { "the peer's process ended".into() } else { String::new() },
             transport: Some(LinkTransport::Rdma),
+            mode: if by_sender { "ring".into() } else { "ring: not allowed".into() },
             device: device.into(),
             gid: format!("gid of {device}"),
             mtu: 1024,
@@ -392,6 +398,7 @@ mod tests {
             (both.state, both.cause.as_str(), both.messages),
             (LinkState::Failed, "the peer's process ended", 7)
         );
+        assert_eq!(both.mode, "ring: not allowed");
         assert_eq!(both.rejected, [(LinkTransport::Shm, "two hosts".to_owned())]);
         assert_eq!((links[1].device.as_str(), links[1].peer_device.as_str()), ("siw0", "siw0"));
     }

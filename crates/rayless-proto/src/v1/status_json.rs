@@ -135,6 +135,7 @@ impl LinkStatus {
             "state": self.state.name(),
             "cause": self.cause,
             "transport": self.transport.map_or("", LinkTransport::name),
+            "mode": self.mode,
             "device": self.device,
             "gid": self.gid,
             "mtu": self.mtu,

@@ -5,9 +5,9 @@ use rayless_proto::{
     resources::{Allocation, CPU, GPU, GpuShare, Quantity, Resources, Strategy},
     v1::{
         control::{
-            FromHead, GpuInfo, GroupSpec, HeadTerm, HeldGroup, HeldPlacementGroup, NeedHave, NeedHaveRow, NodeEnv,
-            NodeInfo, PlacedNode, Placement, RankAllocation, Refusal, RefusalKind, ReportAsker, ReportPart, ToHead,
-            ToNode, WorkerState,
+            EndedGroup, FromHead, GpuInfo, GroupSpec, HeadTerm, HeldGroup, HeldPlacementGroup, NeedHave, NeedHaveRow,
+            NodeEnv, NodeInfo, PlacedNode, Placement, RankAllocation, Refusal, RefusalKind, ReportAsker, ReportPart,
+            Requester, ToHead, ToNode, WorkerState,
         },
         keeper::{FromKeeper, KeeperConfig, ToKeeper},
         link::{
@@ -29,6 +29,7 @@ const NODE: NodeId = NodeId([7; 32]);
 const GROUP: GroupId = GroupId([3; 8]);
 const PLACEMENT_GROUP: PlacementGroupId = PlacementGroupId([5; 8]);
 
+const REQUESTER: Requester = Requester { node: NODE, incarnation: Incarnation(2), request: 4 };
 const BY: HeadTerm = HeadTerm { cluster: ClusterId([9; 16]), term: Term(3) };
 
 fn seat() -> HeadSeat {
@@ -43,7 +44,9 @@ pub fn to_head() -> Vec<ToHead> {
             head_address: "10.0.0.1".into(),
             seen: Some(BY),
             held: vec![held()],
-            ended: vec![(GROUP, "rank 1 was killed".into())],
+            ended: vec![ended()],
+            asks: vec![4],
+            told: vec![2, 3],
             held_placement_groups: vec![held_placement_group()],
         },
         ToHead::Leave,
@@ -91,7 +94,14 @@ fn to_node() -> Vec<ToNode> {
         ToNode::Heads(vec!["10.0.0.1:6379".into()]),
         ToNode::Refused(refusal()),
         ToNode::Fenced { cause: "silent for 3.2 s".into() },
-        ToNode::StartKeeper { group: GROUP, name: "g".into(), world_size: 4, driver_node: NODE, ranks: vec![rank()] },
+        ToNode::StartKeeper {
+            group: GROUP,
+            name: "g".into(),
+            world_size: 4,
+            driver_node: NODE,
+            ranks: vec![rank()],
+            requester: Some(REQUESTER),
+        },
         ToNode::StopKeeper { group: GROUP, cause: String::new() },
         ToNode::HoldPlacementGroup(held_placement_group()),
         ToNode::DropPlacementGroup(PLACEMENT_GROUP),
@@ -104,6 +114,7 @@ fn to_node() -> Vec<ToNode> {
         ToNode::NodeVerdict { node: NODE, name: "b".into(), state: NodeState::Suspect, cause: "silent".into() },
         ToNode::KeeperStopped { group: GROUP, node: NODE, stopped: true },
         ToNode::Notice(event()),
+        ToNode::Story { whole: true, events: vec![event()], ended: vec![ended()] },
         ToNode::Tokens(TokenSet { current: token(1), previous: Some(token(2)) }),
         ToNode::MakeReport(asker()),
         ToNode::ReportPart { request: 7, part: part() },
@@ -224,6 +235,7 @@ pub fn keeper_configs() -> Vec<KeeperConfig> {
         dead_after_ms: 3000,
         driver_wait_ms: 60_000,
         links: link_settings(),
+        requester: Some(REQUESTER),
     }]
 }
 
@@ -304,6 +316,7 @@ pub fn link_report() -> LinkReport {
         state: LinkState::Open,
         cause: String::new(),
         transport: Some(LinkTransport::Rdma),
+        mode: String::new(),
         device: "erdma_0".into(),
         gid: "::ffff:10.0.0.1".into(),
         mtu: 1024,
@@ -467,6 +480,7 @@ pub fn report() -> StatusReport {
             state: LinkState::Open,
             cause: String::new(),
             transport: Some(LinkTransport::Tcp),
+            mode: String::new(),
             device: String::new(),
             gid: String::new(),
             mtu: 1500,
@@ -530,6 +544,19 @@ fn held() -> HeldGroup {
         pids: vec![100],
         states: vec![WorkerState::Ready],
         links: vec![link_report()],
+        launch: Some(REQUESTER),
+    }
+}
+
+fn ended() -> EndedGroup {
+    EndedGroup {
+        group: GROUP,
+        name: "g".into(),
+        world_size: 2,
+        driver_node: NODE,
+        cause: "rank 1 was killed".into(),
+        time_us: 1_764_000_000_000_000,
+        ranks: vec![(NODE, vec![0, 1])],
     }
 }
 

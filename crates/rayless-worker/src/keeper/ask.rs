@@ -4,7 +4,7 @@ use super::KeeperError;
 use rayless_net::{framing, unix};
 use rayless_proto::{
     codec,
-    limits::MAX_LOCAL_MESSAGE,
+    limits::{MAX_LINK_ENDS, MAX_LOCAL_MESSAGE},
     v1::{
         control::HeldGroup,
         keeper::{FromKeeper, ToKeeper},
@@ -53,7 +53,7 @@ fn asked(socket: &Path, until: Instant) -> io::Result<Answer> {
     loop {
         match next(&mut stream, until)? {
             FromKeeper::Held(all) => held = Some(all),
-            FromKeeper::Link(link) => links.push(link),
+            FromKeeper::Link(link) if links.len() < MAX_LINK_ENDS => links.push(link),
             FromKeeper::Looked { ranks } => {
                 let held = held.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
                 return Ok(Answer { held, links, ranks });

@@ -592,6 +592,7 @@ impl Group {
             driver_node: self.config.driver_node,
             ranks: self.config.ranks.clone(),
             links: self.links.values().cloned().collect(),
+            launch: self.config.requester.filter(|_| !self.launched),
             pids: (0..count).map(|index| of(index).map_or(0, |worker| worker.pid)).collect(),
             states: (0..count).map(|index| of(index).map_or(WorkerState::Starting, |w| self.state(index, w))).collect(),
         }

@@ -73,31 +73,27 @@ fn agree(asked: &Asked<'_>, mut channel: Channel, offer: &LinkOffer) -> Result<(
         boot.table.nodes.iter().filter(|node| node.has_rdma).map(|node| node.name.as_str()).collect();
     let same_host = host.is_some_and(|node| node.host_id == offer.host_id);
     let mut plan = select::plan(&from, &to, &Place { same_host, rdma_nodes: &rdma_nodes }, &policy);
-    while let Some(step) = plan.step().cloned() {
-        let tried = match place_of(asked, boot, &step, &policy) {
-            Ok((place, door)) => attempt(asked, &mut channel, place, door, &policy)?,
-            Err(reason) => Err(reason),
-        };
-        match tried {
-            Ok(link) => {
-                let rejected = rejected(&plan);
-                let settled = LinkAnswer::Settled { rejected: rejected.clone() };
-                channel.send(&codec::encode(&settled), &asked.patience)?;
-                let mut report = report::plain(asked.link, false, LinkState::Open);
-                report.transport = Some(step.level.into());
-                report.device = link.device().unwrap_or_default().to_owned();
-                if let Some((from, to)) = step.pair {
-                    report.mtu = rdma::mtu(&from, &to);
-                    report.gid = to.gid;
-                }
-                report.rejected = rejected;
-                report.verified = policy.verify;
-                report.encrypted = step.level == Level::Tcp && policy.encrypt;
-                let live = Live::new(report, link.probe());
-                return Ok((link, live));
-            }
-            Err(reason) => plan.failed(&reason),
+    let opened = plan.first(|step| match place_of(asked, boot, step, &policy) {
+        Ok((place, door)) => attempt(asked, &mut channel, place, door, &policy),
+        Err(reason) => Ok(Err(reason)),
+    })?;
+    if let Some((step, link)) = opened {
+        let rejected = rejected(&plan);
+        let settled = LinkAnswer::Settled { rejected: rejected.clone() };
+        channel.send(&codec::encode(&settled), &asked.patience)?;
+        let mut report = report::plain(asked.link, false, LinkState::Open);
+        report.transport = Some(step.level.into());
+        report.mode = link.mode().unwrap_or_default().to_owned();
+        report.device = link.device().unwrap_or_default().to_owned();
+        if let Some((from, to)) = step.pair {
+            report.mtu = rdma::mtu(&from, &to);
+            report.gid = to.gid;
         }
+        report.rejected = rejected;
+        report.verified = policy.verify;
+        report.encrypted = step.level == Level::Tcp && policy.encrypt;
+        let live = Live::new(report, link.probe());
+        return Ok((link, live));
     }
     let fault = LinkFault::NoTransport { rejected: rejected(&plan), hint: plan.hint().to_owned() };
     channel.send(&codec::encode(&LinkAnswer::Refused(fault.to_string())), &asked.patience)?;

@@ -33,7 +33,10 @@ impl Live {
         let (messages, bytes) = (self.probe.messages() - self.proof.0, self.probe.bytes() - self.proof.1);
         let (state, cause) = match self.probe.phase() {
             Phase::Closed => (LinkState::Closed, String::new()),
-            Phase::Lost => (LinkState::Failed, format!("lost after {messages} messages")),
+            Phase::Lost => {
+                let cause = self.probe.loss().unwrap_or_default();
+                (LinkState::Failed, format!("lost after {messages} messages: {cause}"))
+            }
             _ => (LinkState::Open, String::new()),
         };
         if report.state == state && (report.messages, report.bytes) == (messages, bytes) {

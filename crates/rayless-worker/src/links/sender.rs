@@ -138,6 +138,7 @@ impl Caller<'_> {
                 (LinkAnswer::Settled { rejected }, Some((link, attempt))) => {
                     let mut report = report::plain(self.asked.link, true, LinkState::Open);
                     report.transport = Some(report::transport(link.level()));
+                    report.mode = link.mode().unwrap_or_default().to_owned();
                     report.device = link.device().unwrap_or_default().to_owned();
                     if let LinkPlace::Rdma { from, to, .. } = &attempt.place {
                         report.mtu = rdma::mtu(from, to);

@@ -216,10 +216,15 @@ impl Shared {
             ring.set_link_moved(reader, LinkMoved { peer, channel: link.channel, receiving, sequence: message });
         });
         self.tell(&live.report);
+        let probe = Arc::clone(&live.probe);
         let mut state = self.lock();
         state.live.push(live);
-        if let Some((_, wake)) = &state.running {
-            event::notify(wake);
+        let wake = state.running.as_ref().map(|(_, wake)| Arc::clone(wake));
+        drop(state);
+        if let Some(wake) = wake {
+            event::notify(&wake);
+            // A loss ends the group soon, so it is told at once.
+            probe.on_loss(move || event::notify(&wake));
         }
     }
 
@@ -275,7 +280,13 @@ impl Shared {
             let mut fds = [PollFd::new(&self.socket, PollFlags::IN), PollFd::new(wake, PollFlags::IN)];
             match poll(&mut fds, timeout.as_ref()) {
                 Err(Errno::INTR) => {}
-                Ok(_) if fds[0].revents().is_empty() => event::clear(wake),
+                // A new link, which was told of when it opened; or a lost one.
+                Ok(_) if fds[0].revents().is_empty() => {
+                    event::clear(wake);
+                    if self.lock().live.iter().any(|live| live.probe.phase() == Phase::Lost) {
+                        self.look();
+                    }
+                }
                 Ok(_) => match self.take_caller() {
                     Ok(()) => {}
                     Err(error) if error.kind() == io::ErrorKind::InvalidData => {}

@@ -23,6 +23,8 @@
 //! their own copies before use, and what does not fit is [`RingError`], the end of that worker, never a crash.
 
 mod calls;
+#[cfg(fuzzing)]
+pub mod fuzzed;
 mod map;
 mod replies;
 #[cfg(test)]

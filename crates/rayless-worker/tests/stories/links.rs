@@ -43,6 +43,7 @@ pub(crate) const STORIES: &[Story] = &[
     ("a group can be stopped while links are being opened", stopped),
     ("a peer that dies while a link is opened fails its group with that cause", peer_dies),
     ("how a link is reaches the daemon, and how much it moved", reports),
+    ("why a link was lost reaches the daemon, from both ends", losses),
 ];
 
 /// The worker's part of `link FROM TO CHANNEL MESSAGES [SECONDS]`: the sender sends so many messages, the receiver compares every byte. Both
@@ -348,4 +349,39 @@ fn reports() {
     // Both ends are closed by now; the last word has the counters.
     let closed = world.report(0, |report| report.state == LinkState::Closed);
     assert_eq!((closed.messages, closed.bytes), (8, 2 * (1 + (14 << 10) + (3 << 20))));
+}
+
+fn losses() {
+    let mut world = World::new(1, 1);
+    let group = world.start();
+    let crossed = "rank 1 is at step 2, but rank 0 sent step 1";
+    for told in texts(&all(&group, "link_crossed 0 1").unwrap()) {
+        assert!(told.contains(crossed), "{told}");
+    }
+    for index in [0, 1] {
+        let lost = world.report(index, |report| report.state == LinkState::Failed);
+        assert!(lost.cause.starts_with("lost after ") && lost.cause.contains(crossed), "{lost:?}");
+    }
+}
+
+/// The worker's part of `link_crossed FROM TO`: the receiver is at another step than the sender, and both tell how that ended.
+pub(crate) fn out_of_step(worker: &Worker, text: &str) -> Result<String, String> {
+    let numbers: Vec<u32> = text.split(' ').filter_map(|word| word.parse().ok()).collect();
+    let &[from, to] = &numbers[..] else { return Err(text.to_owned()) };
+    let within = Duration::from_secs(20);
+    let wait = Wait::at_most(within);
+    if worker.rank() == to {
+        let mut link = worker.links().recv_link(from, 0, within).map_err(|error| error.to_string())?;
+        return match link.recv(Some(2), &wait) {
+            Err(error) => Ok(error.to_string()),
+            Ok(_) => Err("a tensor of another step".to_owned()),
+        };
+    }
+    let mut link = worker.links().send_link(to, 0, within).map_err(|error| error.to_string())?;
+    loop {
+        // Until the receiver's word comes back.
+        if let Err(error) = link.send(&[], Extra { tag: 1, bytes: &[] }, &wait) {
+            return Ok(error.to_string());
+        }
+    }
 }

@@ -117,6 +117,10 @@ pub(crate) fn main() -> ExitCode {
                 let told = crate::links::twice(&worker, &text).unwrap_or_else(|error| format!("error: {error}"));
                 reply(told.as_bytes());
             }
+            "link_crossed" => {
+                let told = crate::links::out_of_step(&worker, &text).unwrap_or_else(|error| format!("error: {error}"));
+                reply(told.as_bytes());
+            }
             "cwd" => {
                 reply(std::env::current_dir().unwrap().to_string_lossy().as_bytes());
             }

@@ -126,6 +126,7 @@ impl World {
                 dead_after_ms: shape.dead_after.as_millis() as u64,
                 driver_wait_ms: shape.driver_wait.as_millis() as u64,
                 links: LinkSettings { policy: wishes.clone(), rdma_devices, rdma_ports },
+                requester: None,
             };
             let handle = runtime.block_on(keeper::spawn(&std::env::current_exe().unwrap(), &config)).unwrap();
             if name == "a" {

@@ -117,14 +117,14 @@ fn drive(mut control: Control, options: &LinkOptions) -> Result<(), Failure> {
                 let theirs = open::give_up(&mut control)?;
                 let reason = theirs.unwrap_or_else(|| failure.text.lines().next().unwrap_or_default().to_owned());
                 talk(format_args!("{level}: left out: {reason}"));
-                results.push(report::Measured { level, device: None, points: Err(reason) });
+                results.push(report::Measured { level, device: None, mode: None, points: Err(reason) });
                 continue;
             }
             Err(failure) => return Err(failure),
         };
-        let device = links.device();
+        let (device, mode) = (links.device(), links.mode());
         if !options.json {
-            data(report::heading(level, device.as_deref(), control.peer()));
+            data(report::heading(level, device.as_deref(), mode.as_deref(), control.peer()));
         }
         let mut points = Vec::new();
         for &bytes in &options.sizes {
@@ -135,7 +135,7 @@ fn drive(mut control: Control, options: &LinkOptions) -> Result<(), Failure> {
             points.push(point);
         }
         links.close(&mut control)?;
-        results.push(report::Measured { level, device, points: Ok(points) });
+        results.push(report::Measured { level, device, mode, points: Ok(points) });
     }
     control.say("end")?;
     if options.json {

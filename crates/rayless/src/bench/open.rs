@@ -10,7 +10,10 @@ use rayless_fabric::{
     Acceptor, Greeted, Level, LinkConfig, LinkName, RecvLink, SendLink, Ticket, greet_rdma, greet_tcp, greet_unix,
     rdma, shm, tcp,
 };
-use rayless_net::interfaces;
+use rayless_net::{
+    congestion::{Congestion, ConnectError},
+    interfaces,
+};
 use rayless_proto::ids::GroupId;
 use rayless_verbs::Listener;
 use std::{
@@ -37,6 +40,11 @@ impl Links {
     /// The RDMA device.
     pub(super) fn device(&self) -> Option<String> {
         self.tx.device().map(str::to_owned)
+    }
+
+    /// How shared memory carries long messages here.
+    pub(super) fn mode(&self) -> Option<String> {
+        self.tx.mode().map(str::to_owned)
     }
 
     /// Closes both in order, at both sides.
@@ -192,14 +200,17 @@ fn drive_tcp(control: &mut Control, opening: &Opening) -> Result<Links, Failure>
     // Between hosts the other side listens on every address; the one that reached it is the right one.
     let to = control.addresses().map_or(place, |(peer, _)| SocketAddr::new(peer.ip(), place.port()));
     let dial = |link: u8| -> Result<Vec<TcpStream>, Failure> {
-        let streams = (0..opening.streams).map(|_| {
-            let mut stream = TcpStream::connect_timeout(&to, WITHIN)?;
+        let streams = (0..opening.streams).map(|_| -> Result<TcpStream, ConnectError> {
+            let mut stream = Congestion::from_env().connect(to, WITHIN)?;
             let mut preface = [link; PREFACE];
             preface[..32].copy_from_slice(&opening.ticket.0);
             stream.write_all(&preface)?;
             Ok(stream)
         });
-        streams.collect::<std::io::Result<_>>().map_err(|error| Failure::failed(format!("connecting to {to}: {error}")))
+        streams.collect::<Result<_, _>>().map_err(|error| match error {
+            ConnectError::Congestion(error) => failed(error),
+            ConnectError::Io(error) => Failure::failed(format!("connecting to {to}: {error}")),
+        })
     };
     let (there, mut back) = (dial(0)?, dial(1)?.into_iter());
     let tx = opening.connect(0, there)?;

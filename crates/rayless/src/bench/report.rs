@@ -7,15 +7,18 @@ use rayless_fabric::Level;
 pub(super) struct Measured {
     pub(super) level: Level,
     pub(super) device: Option<String>,
+    /// shm: `cma` or `ring`.
+    pub(super) mode: Option<String>,
     /// By size; or why there are none.
     pub(super) points: Result<Vec<Point>, String>,
 }
 
 /// The lines above a transport's rows.
-pub(super) fn heading(level: Level, device: Option<&str>, peer: &str) -> String {
+pub(super) fn heading(level: Level, device: Option<&str>, mode: Option<&str>, peer: &str) -> String {
+    let mode = mode.map_or_else(String::new, |mode| format!(" ({mode})"));
     let over = device.map_or_else(String::new, |device| format!(" over {device}"));
     format!(
-        "{level}{over}, with {peer}\n{:>10} {:>12} {:>12} {:>12} {:>10} {:>10} {:>9}",
+        "{level}{mode}{over}, with {peer}\n{:>10} {:>12} {:>12} {:>12} {:>10} {:>10} {:>9}",
         "size", "p50 (us)", "p99 (us)", "p99.9 (us)", "hops", "GB/s", "messages"
     )
 }
@@ -32,7 +35,7 @@ pub(super) fn row(point: &Point) -> String {
     )
 }
 
-/// `{"peer", "streams", "verified", "seconds", "transports": [{"transport", "device", "rejected" | "points": […]}]}`
+/// `{"peer", "streams", "verified", "seconds", "transports": [{"transport", "mode", "device", "rejected" | "points": […]}]}`
 pub(super) fn json(results: &[Measured], peer: &str, options: &LinkOptions) -> String {
     let transports: Vec<String> = results.iter().map(transport).collect();
     format!(
@@ -47,6 +50,7 @@ pub(super) fn json(results: &[Measured], peer: &str, options: &LinkOptions) -> S
 
 fn transport(measured: &Measured) -> String {
     let device = measured.device.as_deref().map_or_else(|| "null".to_owned(), quoted);
+    let mode = measured.mode.as_deref().map_or_else(|| "null".to_owned(), quoted);
     let outcome = match &measured.points {
         Err(reason) => format!("\"rejected\":{}", quoted(reason)),
         Ok(points) => {
@@ -54,7 +58,7 @@ fn transport(measured: &Measured) -> String {
             format!("\"points\":[{}]", points.join(","))
         }
     };
-    format!("{{\"transport\":\"{}\",\"device\":{device},{outcome}}}", measured.level)
+    format!("{{\"transport\":\"{}\",\"mode\":{mode},\"device\":{device},{outcome}}}", measured.level)
 }
 
 fn point(point: &Point) -> String {
@@ -90,8 +94,18 @@ pub(super) mod tests {
         let latency = Latency { min: 1.0, mean: 2.5, p50: 2.0, p99: 8.0, p999: 30.0, max: 70.0 };
         let at = |bytes: u64| Point { bytes, hops: 7, latency, gigabytes_per_s: 0.5, messages: 4 };
         vec![
-            Measured { level: Level::Shm, device: None, points: Ok(vec![at(1), at(28 << 10)]) },
-            Measured { level: Level::Rdma, device: Some("siw0".into()), points: Err("no \"device\"\n".into()) },
+            Measured {
+                level: Level::Shm,
+                device: None,
+                mode: Some("cma".into()),
+                points: Ok(vec![at(1), at(28 << 10)]),
+            },
+            Measured {
+                level: Level::Rdma,
+                device: Some("siw0".into()),
+                mode: None,
+                points: Err("no \"device\"\n".into()),
+            },
         ]
     }
 
@@ -114,6 +128,7 @@ pub(super) mod tests {
         assert_eq!((&read["seconds"], &read["streams"], &read["verified"]), (&0.5.into(), &2.into(), &true.into()));
         let shm = &read["transports"][0];
         assert_eq!((&shm["transport"], &shm["device"]), (&"shm".into(), &serde_json::Value::Null));
+        assert_eq!(shm["mode"], "cma");
         assert_eq!(shm["points"][1]["latency_us"]["p99.9"], 30.0);
         assert_eq!(shm["points"][1]["bytes"], 28 << 10);
         assert_eq!(read["transports"][1]["rejected"], "no \"device\"\n");
@@ -122,7 +137,7 @@ pub(super) mod tests {
     #[test]
     fn rows_stand_under_their_headings() {
         let Ok(points) = &sample()[0].points else { panic!() };
-        let heading = heading(Level::Shm, None, "another process of this host");
+        let heading = heading(Level::Shm, None, Some("cma"), "another process of this host");
         assert_eq!(heading.lines().last().unwrap().len(), row(&points[1]).len());
     }
 }

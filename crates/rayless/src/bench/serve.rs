@@ -6,7 +6,7 @@ use super::{
     open::{self, Links, Opening},
 };
 use crate::message::{Failure, data, talk};
-use rayless_net::identity::TlsIdentity;
+use rayless_net::{congestion::Congestion, identity::TlsIdentity};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
@@ -23,6 +23,7 @@ pub(super) fn child(rdma_address: Option<IpAddr>) -> Result<(), Failure> {
     let stream = stdin().as_fd().try_clone_to_owned().map_err(Failure::failed)?;
     let mut control = Control::over_unix(UnixStream::from(stream))?;
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).map_err(Failure::failed)?;
+    Congestion::from_env().apply(&listener).map_err(Failure::failed)?;
     listener.set_nonblocking(true).map_err(Failure::failed)?;
     // Whatever ends it is told by the driving side, which is at the same terminal.
     let _ = serve(&mut control, &listener, rdma_address);
@@ -38,6 +39,8 @@ pub(super) fn listen(address: SocketAddr, identity: &TlsIdentity, rdma_address: 
         };
         Failure::failed(format!("cannot listen on {address}: {error}\n{hint}"))
     })?;
+    // The link back sends over streams that are accepted here.
+    Congestion::from_env().apply(&listener).map_err(Failure::failed)?;
     listener.set_nonblocking(true).map_err(Failure::failed)?;
     let place = listener.local_addr().map_err(Failure::failed)?;
     talk(format_args!("waiting for `rayless bench link --to HOST:{}` from another host", place.port()));

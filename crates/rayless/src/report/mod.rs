@@ -282,7 +282,7 @@ fn link_line(answer: &Answer, link: &LinkReport) -> String {
     let transport =
         link.transport.map_or_else(|| "none".to_owned(), |transport| format!("{transport:?}").to_lowercase());
     format!(
-        "group {} rank {} -> rank {} channel {} ({end}): {:?} over {transport}, {} messages, {} bytes, device {:?}, mtu {}, encrypted {}, verified {}, rejected {:?} {}\n",
+        "group {} rank {} -> rank {} channel {} ({end}): {:?} over {transport}, {} messages, {} bytes, mode {:?}, device {:?}, mtu {}, encrypted {}, verified {}, rejected {:?} {}\n",
         answer.held.group,
         link.from,
         link.to,
@@ -290,6 +290,7 @@ fn link_line(answer: &Answer, link: &LinkReport) -> String {
         link.state,
         link.messages,
         link.bytes,
+        link.mode,
         link.device,
         link.mtu,
         link.encrypted,
