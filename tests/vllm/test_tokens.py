@@ -97,7 +97,7 @@ class Rank:
     def install(self, **ends: Any) -> None:
         runner = types.SimpleNamespace(pp_handler=self.handler)
         assert Tokens.are_sent(runner)
-        self.tokens = Tokens(lambda: self.step, **ends)
+        self.tokens = Tokens(lambda: self.step, ahead=True, **ends)
         self.tokens.install(self._group, runner)
 
     @contextlib.contextmanager

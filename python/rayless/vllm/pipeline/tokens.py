@@ -65,8 +65,11 @@ class Tokens:
         *,
         senders: Sequence[TensorSender] = (),
         receiver: TensorReceiver | None = None,
+        ahead: bool = False,
     ) -> None:
         self._step = step
+        #: Whether a stream may be given the wait for tokens whose header has not come.
+        self._ahead = ahead
         self._senders = senders
         self._receiver = receiver
         self._sending: deque[Sending] = deque()
@@ -235,7 +238,7 @@ class Tokens:
             first = self._wanted.popleft()
             with self._on_stream(first.stream):
                 tensors = first.tensors
-                if ahead and first.stream is not None and len(tensors) == self._whole:
+                if ahead and self._ahead and first.stream is not None and len(tensors) == self._whole:
                     self._receiver.irecv_ahead(tensors, step=first.step).wait()
                     tensors = []
                 # vLLM broadcasts drafts in a call of their own, and receives all in one.
