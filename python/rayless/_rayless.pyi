@@ -201,6 +201,13 @@ class RecvLink:
         Returns at once: streams wait, once told by ``wait_stream`` (where they cannot, the host waits here, for at most
         ``timeout``). ``keep`` is held until the buffers are filled.
         """
+    def recv_cuda_ahead(
+        self, buffers: Sequence[tuple[int, int]], stream: int, device: int, keep: object
+    ) -> CudaRecvHandle | None:
+        """As :meth:`recv_cuda`, for the next message before its header has come; ``None``, and nothing has happened,
+        where its way is not known. :meth:`confirm_cuda` must follow."""
+    def confirm_cuda(self, step: int | None = None, timeout: float | None = None) -> None:
+        """Waits for the header of what was received ahead; if that is another message's, the link is lost."""
     def close(self) -> None:
         """Idempotent; ends a call of another thread."""
     def report(self) -> dict[str, Any]: ...

@@ -28,7 +28,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rayless._rayless import Announced, CudaSendHandle, RecvLink, SendHandle, SendLink, link_pair
-from rayless.exceptions import LinkRejectedError, RayError
+from rayless.exceptions import LinkLostError, LinkRejectedError, RayError
 
 if TYPE_CHECKING:
     import torch
@@ -185,6 +185,8 @@ class TensorReceiver:
         #: The link.
         self.link = link
         self._open: Incoming | None = None
+        #: What was received before its header came: dtypes and shapes, and the step.
+        self._ahead: tuple[list[tuple[str, tuple[int, ...]]], int | None] | None = None
 
     def irecv(self, *, step: int | None = None, timeout: float | None = None) -> Incoming:
         """Waits for the next message's header and allocates its tensors, on the kind of device that they were sent from.
@@ -219,7 +221,7 @@ class TensorReceiver:
     ) -> Incoming:
         """As :meth:`irecv`, into tensors of the caller's, which must be those of the message in dtype and shape."""
         announced = self._next(step, timeout)
-        expected = [(_dtype_name(tensor.dtype), tuple(tensor.shape)) for tensor in tensors]
+        expected = _form(tensors)
         found = [(dtype, shape) for _, dtype, shape in announced.tensors]
         if found != expected or not all(tensor.is_contiguous() for tensor in tensors):
             name = repr(self.link)
@@ -235,6 +237,46 @@ class TensorReceiver:
         self._open = Incoming(self.link, dict(others), list(tensors), note)
         return self._open
 
+    def irecv_ahead(self, tensors: Sequence[torch.Tensor], *, step: int | None = None) -> Incoming:
+        """As :meth:`irecv_into`, by who knows what the next message is: where its payload's way is known, nobody waits for the header, and
+        the current stream alone for the payload. Call :meth:`confirm` before anything made of the tensors leaves this process.
+        """
+        self._settle(None)
+        device = tensors[0].device
+        if device.type == "cuda" and all(tensor.is_contiguous() for tensor in tensors):
+            import torch
+
+            buffers = [(tensor.data_ptr(), tensor.nbytes) for tensor in tensors]
+            stream = torch.cuda.current_stream(device).cuda_stream
+            handle = self.link.recv_cuda_ahead(buffers, stream, device.index, list(tensors))
+            if handle is not None:
+                self._ahead = (_form(tensors), step)
+                message = Incoming(self.link, {}, list(tensors), None)
+                message._done = handle
+                return message
+        return self.irecv_into(tensors, step=step)
+
+    def confirm(self, timeout: float | None = None) -> None:
+        """Waits for the header of what :meth:`irecv_ahead` received last, if it has not come. ``LinkLostError`` where that was another
+        message."""
+        if self._ahead is None:
+            return
+        expected, step = self._ahead
+        announced = self.link.recv_header(step, timeout)
+        found = [(dtype, shape) for _, dtype, shape in announced.tensors]
+        if found != expected:
+            name = repr(self.link)
+            self.link.close()
+            raise LinkLostError(
+                f"{name}: the message has {found}, but {expected} was received ahead of its header",
+                name,
+                self.link.from_rank,
+                self.link.to_rank,
+                "crossed",
+            )
+        self.link.confirm_cuda(step, timeout)
+        self._ahead = None
+
     def peek(self, *, step: int | None = None, timeout: float | None = None) -> Announced:
         """Waits for the next message's header and leaves the message where it is."""
         return self._next(step, timeout)
@@ -244,10 +286,15 @@ class TensorReceiver:
         self.link.close()
 
     def _next(self, step: int | None, timeout: float | None) -> Announced:
+        self._settle(timeout)
+        return self.link.recv_header(step, timeout)
+
+    def _settle(self, timeout: float | None) -> None:
+        """Takes what nobody has asked for of the message before."""
+        self.confirm(timeout)
         if self._open is not None:
             self._open.wait(timeout)
             self._open = None
-        return self.link.recv_header(step, timeout)
 
 
 class Incoming:
@@ -332,6 +379,10 @@ def _split(
         else:
             device[name] = value
     return host, device, others
+
+
+def _form(tensors: Sequence[torch.Tensor]) -> list[tuple[str, tuple[int, ...]]]:
+    return [(_dtype_name(tensor.dtype), tuple(tensor.shape)) for tensor in tensors]
 
 
 _names: dict[torch.dtype, str] = {}

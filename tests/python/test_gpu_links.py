@@ -34,6 +34,8 @@ class Keep:
 
 data = bytes(range(256)) * (SIZE // 256)
 source, target = memory(data), memory()
+waiting = ctypes.c_size_t()
+assert cuda.cuStreamCreate(ctypes.byref(waiting), 1) == 0
 for transport in ("shm", "tcp"):
     sender, receiver = fabric.link_pair(transport)
     assert sender.report()["gpu"] is None
@@ -53,6 +55,16 @@ for transport in ("shm", "tcp"):
             time.sleep(0.001)
         assert sent.is_completed() and ctypes.string_at(target, size) == data[:size]
         ctypes.memset(target, 0, SIZE)
+    # Asked for before its header is there, on a stream of its own: only where it is known to come through slots.
+    early = receiver.recv_cuda_ahead([(target, 256)], waiting.value, 0, None)
+    assert (early is not None) == (transport == "shm")
+    if early is not None:
+        assert not early.is_completed()
+        sender.isend_cuda([("x", "uint8", (256,), source, 256)], None, 4, 0, 0, None)
+        receiver.confirm_cuda(4, 60)
+        while not early.is_completed():
+            time.sleep(0.001)
+        assert ctypes.string_at(target, 256) == data[:256]
     for end in (sender, receiver):
         gpu = end.report()["gpu"]
         assert gpu["path"] == ("slots" if transport == "shm" else "staged"), gpu

@@ -58,9 +58,12 @@ def test_a_crossed_step_ends_the_group_with_that_cause_and_no_token(
     assert "rank 1 is at step" in failure["left"]
 
 
-def test_the_switch_takes_two_words() -> None:
+def test_the_switch_takes_three_words() -> None:
     assert pipeline.is_ours({})
     assert pipeline.is_ours({"RAYLESS_PIPELINE": " Rayless "})
     assert not pipeline.is_ours({"RAYLESS_PIPELINE": "torch"})
+    assert not pipeline.is_ahead({})
+    assert pipeline.is_ours({"RAYLESS_PIPELINE": "rayless-ahead"})
+    assert pipeline.is_ahead({"RAYLESS_PIPELINE": "rayless-ahead"})
     with pytest.raises(ValueError, match=r"RAYLESS_PIPELINE=nccl is no way to join pipeline stages\nhint: "):
         pipeline.is_ours({"RAYLESS_PIPELINE": "nccl"})

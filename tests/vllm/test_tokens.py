@@ -16,6 +16,7 @@ import torch
 
 from rayless import fabric
 from rayless.exceptions import LinkLostError
+from rayless.vllm.pipeline.hop import Hop
 from rayless.vllm.pipeline.tokens import SiblingGroup, Tokens
 
 
@@ -96,7 +97,8 @@ class Rank:
     def install(self, **ends: Any) -> None:
         runner = types.SimpleNamespace(pp_handler=self.handler)
         assert Tokens.are_sent(runner)
-        Tokens(lambda: self.step, **ends).install(self._group, runner)
+        self.tokens = Tokens(lambda: self.step, ahead=True, **ends)
+        self.tokens.install(self._group, runner)
 
     @contextlib.contextmanager
     def _here(self) -> Iterator[None]:
@@ -224,6 +226,52 @@ def test_tokens_of_another_step_are_never_used(ranks: tuple[Rank, Rank], specula
     send(last, 8, speculated, batch(8))
     with pytest.raises(LinkLostError, match="rank 0 is at step 7, but rank 1 sent step 8"):
         consume(first, speculated)
+
+
+def test_once_their_form_is_known_a_stream_waits_for_tokens_and_the_host_only_before_it_sends(
+    ranks: tuple[Rank, Rank], speculated: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, last = ranks
+    first.tokens._stream = Stream()  # as for tensors of a GPU
+    happened: list[str] = []
+
+    def spy(name: str) -> None:
+        original = getattr(fabric.TensorReceiver, name)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            happened.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(fabric.TensorReceiver, name, run)
+
+    spy("irecv_ahead")
+    spy("peek")
+    hop = Hop(types.SimpleNamespace(rank_in_group=0, world_size=STAGES), None, Sender(happened), lambda: first.step)
+    hop.confirm = first.tokens.confirm
+    spy("confirm")
+    for step in range(6):
+        happened.clear()
+        outputs, _ = consume(first, speculated)
+        # Drafts come in a message of their own; how many messages there are the host must see.
+        form = ["peek"] if step == STAGES else ["irecv_ahead"]
+        asked = [name for name in happened if name != "confirm"]
+        assert asked == ([] if outputs is None else ["peek", "peek"] if speculated else form)
+        happened.clear()
+        hop._send({}, None, None)
+        assert happened == ["confirm", "sent"]
+        first.step = step
+        first.call("receive", batch(step))
+        send(last, step, speculated, batch(step))
+
+
+class Sender:
+    """The link to the next stage."""
+
+    def __init__(self, happened: list[str]) -> None:
+        self._happened = happened
+
+    def isend(self, values: Any, *, step: int) -> None:
+        self._happened.append("sent")
 
 
 def test_other_broadcasts_stay_where_they_were(ranks: tuple[Rank, Rank], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,6 +106,36 @@ pub(crate) fn recv(
     received.map_err(|error| errors::link_recv(py, error))
 }
 
+pub(crate) fn recv_ahead(
+    py: Python<'_>,
+    (queue, receiver): (&Mutex<RecvQueue>, &Mutex<CudaReceiver>),
+    buffers: &[(u64, u64)],
+    place: Place,
+    keep: Py<PyAny>,
+) -> PyResult<Option<CudaRecvHandle>> {
+    let received = py.detach(|| {
+        let (queue, mut receiver) = (lock(queue), lock(receiver));
+        let link = queue.name();
+        // SAFETY: the caller's promises (see the top).
+        let received = unsafe { receiver.recv_ahead(&queue, buffers, place.device, place.stream(), Box::new(keep)) };
+        received.map(|ahead| ahead.map(|inner| CudaRecvHandle { inner, link }))
+    });
+    received.map_err(|error| errors::link_recv(py, error))
+}
+
+pub(crate) fn confirm(
+    py: Python<'_>,
+    (queue, receiver): (&Mutex<RecvQueue>, &Mutex<CudaReceiver>),
+    step: Option<u64>,
+    timeout: Option<f64>,
+) -> PyResult<()> {
+    waiting(py, timeout, |wait| {
+        let (mut queue, mut receiver) = (lock(queue), lock(receiver));
+        receiver.confirm(&mut queue, step, wait)
+    })?
+    .map_err(|error| errors::link_recv(py, error))
+}
+
 /// How payloads have travelled; `None` when there were none.
 pub(crate) fn report<'py>(py: Python<'py>, report: &CudaReport) -> PyResult<Option<Bound<'py, PyDict>>> {
     let Some(path) = report.path else { return Ok(None) };

@@ -365,6 +365,22 @@ impl RecvLink {
         cuda_link::recv(py, (&self.queue, &self.cuda), &buffers, Place { stream, device }, keep, timeout)
     }
 
+    fn recv_cuda_ahead(
+        &self,
+        py: Python<'_>,
+        buffers: Vec<(u64, u64)>,
+        stream: usize,
+        device: i32,
+        keep: Py<PyAny>,
+    ) -> PyResult<Option<CudaRecvHandle>> {
+        cuda_link::recv_ahead(py, (&self.queue, &self.cuda), &buffers, Place { stream, device }, keep)
+    }
+
+    #[pyo3(signature = (step=None, timeout=None))]
+    fn confirm_cuda(&self, py: Python<'_>, step: Option<u64>, timeout: Option<f64>) -> PyResult<()> {
+        cuda_link::confirm(py, (&self.queue, &self.cuda), step, timeout)
+    }
+
     fn close(&self, py: Python<'_>) {
         py.detach(|| {
             // Ends a call of another thread first, which holds the lock.

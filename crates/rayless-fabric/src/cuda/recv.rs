@@ -16,7 +16,7 @@ use crate::{
     send::CHUNK,
     wait::Wait,
 };
-use std::{fmt, sync::Arc};
+use std::{collections::VecDeque, fmt, sync::Arc};
 
 /// Receives messages in device memory from one link.
 ///
@@ -27,6 +27,8 @@ pub struct CudaReceiver {
     slots: Borrowing,
     report: CudaReport,
     operations: Vec<Operation>,
+    /// Sizes of the tensors of messages that were received ahead of their headers, oldest first.
+    ahead: VecDeque<Vec<u64>>,
 }
 
 /// The peer's slots.
@@ -45,12 +47,74 @@ impl CudaReceiver {
             slots: Borrowing::Undecided,
             report: CudaReport::default(),
             operations: Vec::new(),
+            ahead: VecDeque::new(),
         }
     }
 
     /// How payloads have travelled.
     pub const fn report(&self) -> &CudaReport {
         &self.report
+    }
+
+    /// Receives the next message before its header is there, by who knows what it will be: the stream waits for the payload, and the host
+    /// for nothing. [`CudaReceiver::confirm`] must follow before another message is received, and before what comes of the tensors
+    /// is given to anybody. `None`, and nothing has happened, where the way of the next message is not known: it must be a small
+    /// one through slots, as the last one was.
+    ///
+    /// # Safety
+    /// As [`CudaReceiver::recv`].
+    pub unsafe fn recv_ahead(
+        &mut self,
+        queue: &RecvQueue,
+        buffers: &[(u64, u64)],
+        ordinal: i32,
+        stream: Stream,
+        keep: Box<dyn Send>,
+    ) -> Result<Option<CudaReceived>, RecvError> {
+        let link = queue.name();
+        let total: u64 = buffers.iter().map(|(_, bytes)| *bytes).sum();
+        // A sender that has once used slots goes on with them.
+        if self.report.path != Some(DevicePath::Slots) || total > ON_CALLERS_STREAM || total == 0 {
+            return Ok(None);
+        }
+        let lane = match &mut self.slots {
+            Borrowing::Open(lane, _) if lane.ring.device.ordinal() == ordinal => lane,
+            _ => return Ok(None),
+        };
+        let device = Arc::clone(&lane.ring.device);
+        let reject = |reason: String| RecvError::from(Rejected { link, kind: RejectedKind::Device, reason });
+        if let Some((address, _)) = buffers.iter().find(|(address, bytes)| *bytes > 0 && !device.owns(*address)) {
+            return Err(reject(format!("the buffer at {address:#x} is not in memory of CUDA device {ordinal}")));
+        }
+        if device.is_capturing(stream).map_err(|error| reject(error.to_string()))? {
+            return Err(reject("the stream is being captured into a graph".to_owned()));
+        }
+        let first = lane.next;
+        lane.next = first.wrapping_add(lane.ring.chunks(total));
+        self.ahead.push_back(buffers.iter().map(|(_, bytes)| *bytes).collect());
+        // SAFETY: by contract; the ring is retired after the event.
+        let drained = unsafe { drain(lane, stream, buffers, total, first, &mut self.operations) };
+        let event = Arc::new(drained.map_err(|error| reject(error.to_string()))?);
+        lane.uses.add(&event, Some(keep));
+        self.report.count(DevicePath::Slots);
+        Ok(Some(CudaReceived { event }))
+    }
+
+    /// Waits for the header of the oldest message that was received ahead, if any, and compares. Another message than was expected
+    /// loses the link: a stream has taken for one what is another.
+    pub fn confirm(&mut self, queue: &mut RecvQueue, step: Option<u64>, wait: &Wait<'_>) -> Result<(), RecvError> {
+        let Some(expected) = self.ahead.front() else { return Ok(()) };
+        let announced = queue.recv_header(step, wait)?;
+        let sizes = announced.schema.tensors.iter().map(|tensor| tensor.bytes);
+        if announced.device != Some(DevicePath::Slots) || !sizes.clone().eq(expected.iter().copied()) {
+            let found: Vec<u64> = sizes.collect();
+            let cause = format!("tensors of {expected:?} bytes were received, but tensors of {found:?} bytes sent");
+            let lost = |link: &mut RecvLink| Err(link.abandon(LostKind::Crossed, cause));
+            return queue.with(&Wait::poll(), lost);
+        }
+        queue.taken_through_slots()?;
+        self.ahead.pop_front();
+        Ok(())
     }
 
     /// Receives the payload of the device message that `queue` has announced into `buffers` (address and bytes, one per tensor) of
@@ -74,6 +138,10 @@ impl CudaReceiver {
         let link = queue.name();
         let reject = |kind, reason: String| RecvError::from(Rejected { link, kind, reason });
         let refused = |error: CudaError| reject(RejectedKind::Device, error.to_string());
+        if !self.ahead.is_empty() {
+            let reason = "a message was received ahead and is not confirmed".to_owned();
+            return Err(reject(RejectedKind::OutOfTurn, reason));
+        }
         let announced = queue.recv_header(None, &Wait::poll())?;
         let Some(path) = announced.device else {
             let reason = "the message was in host memory; receive it with recv_payload".to_owned();

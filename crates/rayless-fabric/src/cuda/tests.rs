@@ -8,8 +8,8 @@ use super::{
     device_count, load, put_aside,
 };
 use crate::{
-    Acceptor, DType, DevicePath, Extra, LinkConfig, LinkName, RecvError, RecvQueue, RejectedKind, SendError, SendQueue,
-    TensorSpec, Ticket, Wait, greet_tcp, greet_unix, shm, tcp,
+    Acceptor, DType, DevicePath, Extra, LinkConfig, LinkName, LostKind, RecvError, RecvQueue, RejectedKind, SendError,
+    SendQueue, TensorSpec, Ticket, Wait, greet_tcp, greet_unix, shm, tcp,
 };
 use rayless_proto::ids::GroupId;
 use std::{
@@ -222,6 +222,14 @@ impl Hop {
         unsafe { self.receiver.recv(&mut self.rx, &buffers, ordinal, stream, keep, &long()) }
     }
 
+    /// Into the receiver's memory as one tensor, before its header is there.
+    fn recv_ahead(&mut self, size: usize) -> Option<super::CudaReceived> {
+        let buffers = [(self.to.memory.address, size as u64)];
+        let (ordinal, stream, keep) = (self.to.device.ordinal(), self.to.stream(), self.to.keep());
+        // SAFETY: as above.
+        unsafe { self.receiver.recv_ahead(&self.rx, &buffers, ordinal, stream, keep).unwrap() }
+    }
+
     /// Sends until the peers have agreed on slots.
     fn agree_on_slots(&mut self) {
         for _ in 0..2 {
@@ -369,6 +377,85 @@ fn the_header_comes_before_the_payload_and_no_value_is_read_before_it_has_arrive
             hop.end();
         }
     }
+}
+
+#[test]
+fn a_message_received_ahead_of_its_header_holds_the_stream_and_not_the_host() {
+    let Some((device, _one)) = gpu(0) else { return };
+    let size = 28 << 10;
+    for (way, make, options) in ways() {
+        let mut hop = Hop::new(make(), options, [&device, &device], size);
+        assert!(hop.recv_ahead(size).is_none(), "{way}: nobody knows yet how it will come");
+        if way != "slots" {
+            hop.isend(&[size as u64]).unwrap();
+            hop.recv().unwrap();
+            assert!(hop.recv_ahead(size).is_none(), "{way}: the host moves it");
+            hop.end();
+            continue;
+        }
+        hop.agree_on_slots();
+        for round in 0..20u8 {
+            hop.to.fill(0xee);
+            let received = hop.recv_ahead(size).unwrap();
+            // SAFETY: the stream is the test's.
+            unsafe { received.hold(hop.to.stream()).unwrap() };
+            assert!(!received.is_done().unwrap());
+            let pending = hop.receiver.confirm(&mut hop.rx, None, &Wait::poll());
+            assert!(matches!(pending, Err(RecvError::Stopped { .. })), "{pending:?}");
+            hop.from.fill(round);
+            hop.isend(&[size as u64]).unwrap();
+            hop.receiver.confirm(&mut hop.rx, Some(hop.sent - 1), &long()).unwrap();
+            assert!(is_all(&hop.to.look(), round), "round {round}");
+            // Both kinds of receiving take turns on one ring.
+            hop.from.fill(round + 100);
+            hop.isend(&[size as u64]).unwrap();
+            hop.recv().unwrap();
+            assert!(is_all(&hop.to.look(), round + 100), "round {round}");
+        }
+        hop.end();
+    }
+}
+
+#[test]
+fn another_message_than_the_one_received_ahead_loses_the_link() {
+    let Some((device, _one)) = gpu(0) else { return };
+    let size = 28 << 10;
+    for (bytes, step) in [(64, None), (size as u64, Some(77))] {
+        let mut hop = Hop::new(over_shm(), Options::default(), [&device, &device], size);
+        hop.agree_on_slots();
+        hop.recv_ahead(size).unwrap();
+        hop.isend(&[bytes]).unwrap();
+        let unconfirmed = hop.recv();
+        assert!(
+            matches!(&unconfirmed, Err(RecvError::Rejected(rejected)) if rejected.kind == RejectedKind::OutOfTurn),
+            "{unconfirmed:?}"
+        );
+        let error = hop.receiver.confirm(&mut hop.rx, step, &long()).unwrap_err();
+        assert!(matches!(&error, RecvError::Lost(lost) if lost.kind == LostKind::Crossed), "{error}");
+        hop.to.settle();
+        hop.rx.close();
+        drop(hop.receiver);
+        drop(hop.tx);
+        drop(hop.sender);
+        until("the rings' end", || put_aside() == 0);
+    }
+}
+
+#[test]
+fn closing_frees_a_stream_that_waits_for_a_message_that_was_never_sent() {
+    let Some((device, _one)) = gpu(0) else { return };
+    let size = 28 << 10;
+    let mut hop = Hop::new(over_shm(), Options::default(), [&device, &device], size);
+    hop.agree_on_slots();
+    let received = hop.recv_ahead(size).unwrap();
+    drop(hop.tx);
+    let lost = hop.receiver.confirm(&mut hop.rx, None, &long());
+    assert!(lost.is_err() && !received.is_done().unwrap(), "{lost:?}");
+    hop.rx.close();
+    drop(hop.receiver);
+    assert!(is_all(&hop.to.look(), 0xff));
+    drop(hop.sender);
+    until("the rings' end", || put_aside() == 0);
 }
 
 #[test]

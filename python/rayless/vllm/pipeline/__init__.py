@@ -8,7 +8,8 @@ Two things cross between stages at every step:
 vLLM hands both to the coordinator of its pipeline group, whose methods differ between releases. They are replaced
 on that one object, in the process of a worker of ours, by probing what the installed release has. Everything else of
 the group stays with torch: its start-up, barriers, and the broadcast of logits (``broadcast_tensor_dict``), which no step of
-ours uses. RAYLESS_PIPELINE=torch leaves all of it as vLLM made it.
+ours uses. RAYLESS_PIPELINE=torch leaves all of it as vLLM made it. RAYLESS_PIPELINE=rayless-ahead lets a GPU's stream wait for the sampled
+tokens in place of the host (:meth:`rayless.fabric.TensorReceiver.irecv_ahead`); it has not been run on a GPU yet.
 
 A worker calls :func:`prepare` before vLLM builds its groups, :func:`open_links` when the device is ready and before
 the model is loaded, and :meth:`Pipeline.close` at a regular end.
@@ -37,14 +38,23 @@ HIDDEN_STATES, SAMPLED_TOKENS = 0, 1
 
 
 def is_ours(environ: Mapping[str, str] = os.environ) -> bool:
-    """What RAYLESS_PIPELINE says: ``rayless`` (the default) or ``torch``."""
+    """Whether the stages talk over rayless's links: RAYLESS_PIPELINE is ``rayless`` (the default) or ``rayless-ahead``, not ``torch``."""
+    return _way(environ) != "torch"
+
+
+def is_ahead(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether a stream may wait for sampled tokens whose header has not come: RAYLESS_PIPELINE is ``rayless-ahead``."""
+    return _way(environ) == "rayless-ahead"
+
+
+def _way(environ: Mapping[str, str]) -> str:
     value = environ.get(VARIABLE, "").strip().lower() or "rayless"
-    if value not in ("rayless", "torch"):
+    if value not in ("rayless", "rayless-ahead", "torch"):
         raise ValueError(
             f"{VARIABLE}={environ[VARIABLE]} is no way to join pipeline stages\n"
-            "hint: give `rayless` (shared memory, RDMA or TCP; the default) or `torch` (gloo and NCCL)"
+            "hint: give `rayless` (shared memory, RDMA or TCP; the default), `rayless-ahead` or `torch` (gloo and NCCL)"
         )
-    return value == "rayless"
+    return value
 
 
 def prepare() -> None:
@@ -98,7 +108,7 @@ def open_links(group: Any, runner: Any, *, rank: int, timeout: float) -> Pipelin
         if stage == last:
             tokens = Tokens(current_step, senders=[sender(to, SAMPLED_TOKENS) for to in range(last)])
         else:
-            tokens = Tokens(current_step, receiver=receiver(last, SAMPLED_TOKENS))
+            tokens = Tokens(current_step, receiver=receiver(last, SAMPLED_TOKENS), ahead=is_ahead())
     return install(group, runner, hop, tokens)
 
 
@@ -107,6 +117,7 @@ def install(group: Any, runner: Any, hop: Hop, tokens: Tokens | None) -> Pipelin
     hop.install()
     if tokens is not None:
         tokens.install(group, runner)
+        hop.confirm = tokens.confirm
     return Pipeline(hop, tokens)
 
 

@@ -81,6 +81,8 @@ class Hop:
         self._before = before
         self._after = after
         self._step = step
+        #: What must have been found right before anything leaves this stage.
+        self.confirm: Callable[[], None] = _nothing
         #: The last dict asked for.
         self._coming: Coming | None = None
 
@@ -170,6 +172,7 @@ class Hop:
 
     def _send(self, values: dict[str, Any], gather: Any, chosen: dict[str, bool] | None) -> Sending:
         assert self._after is not None
+        self.confirm()
         if gather is None or gather.world_size == 1:
             return self._after.isend(values, step=self._step())
         # Name to shape of the tensors of which this is one share.
@@ -194,6 +197,10 @@ class Hop:
             return run
 
         return message, [join(name, shape) for name, shape in whole.items()]
+
+
+def _nothing() -> None:
+    """Nothing to be confirmed."""
 
 
 def _is_shared_out(name: str, elements: int, gather: Any, chosen: dict[str, bool] | None) -> bool:

@@ -65,12 +65,17 @@ class Tokens:
         *,
         senders: Sequence[TensorSender] = (),
         receiver: TensorReceiver | None = None,
+        ahead: bool = False,
     ) -> None:
         self._step = step
+        #: Whether a stream may be given the wait for tokens whose header has not come.
+        self._ahead = ahead
         self._senders = senders
         self._receiver = receiver
         self._sending: deque[Sending] = deque()
         self._wanted: deque[Wanted] = deque()
+        #: How many tensors were wanted at once when all of them last came as one message.
+        self._whole = 0
         #: What the function under way has given to broadcast.
         self._given: list[torch.Tensor] = []
         self._stream: Any = None
@@ -106,6 +111,11 @@ class Tokens:
         if self._receiver is not None:
             self._receiver.close()
 
+    def confirm(self) -> None:
+        """Before this stage gives anything away: what a stream was given of tokens was theirs."""
+        if self._receiver is not None:
+            self._receiver.confirm()
+
     # --- what is put under vLLM's functions ---
 
     def _install_handler(self, handler: Any) -> None:
@@ -133,7 +143,7 @@ class Tokens:
             slot = handler.queue[0] if handler.queue else None
             wanted = getattr(slot, "rayless_wanted", None)
             if slot is not None and wanted is not None:
-                wanted.wait()
+                wanted.wait(ahead=True)
                 # vLLM recorded it when it noted the wish; now it stands behind the bytes.
                 slot.event.record(handler.broadcast_stream)
             return consume(*args, **kwargs)
@@ -220,16 +230,21 @@ class Tokens:
         self._wanted.append(wanted)
         return wanted
 
-    def _fill(self, wanted: Wanted) -> None:
-        """Takes messages up to the one that ``wanted`` waits for."""
+    def _fill(self, wanted: Wanted, ahead: bool) -> None:
+        """Takes messages up to the one that ``wanted`` waits for. ``ahead``: a stream may wait in place of this host, which has the
+        step's launch to prepare while the last stage has not come to the end of its own."""
         assert self._receiver is not None
         while not wanted.done:
             first = self._wanted.popleft()
             with self._on_stream(first.stream):
                 tensors = first.tensors
+                if ahead and self._ahead and first.stream is not None and len(tensors) == self._whole:
+                    self._receiver.irecv_ahead(tensors, step=first.step).wait()
+                    tensors = []
                 # vLLM broadcasts drafts in a call of their own, and receives all in one.
                 while tensors:
                     count = len(self._receiver.peek(step=first.step).tensors)
+                    self._whole = count if count == len(first.tensors) else 0
                     self._receiver.irecv_into(tensors[:count], step=first.step).wait()
                     tensors = tensors[count:]
             first.done = True
@@ -258,9 +273,10 @@ class Wanted:
         self.stream = stream
         self.done = False
 
-    def wait(self) -> None:
-        """Returns when the bytes are in the tensors, or, on a device, when they will be for what comes later on the stream."""
-        self._tokens._fill(self)
+    def wait(self, ahead: bool = False) -> None:
+        """Returns when the bytes are in the tensors, or, on a device, when they will be for what comes later on the stream. ``ahead``: the
+        latter may be before they are on their way; :meth:`Tokens.confirm` must follow."""
+        self._tokens._fill(self, ahead)
         if self.stream is not None:
             import torch
 
