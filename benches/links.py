@@ -231,7 +231,9 @@ def main() -> None:
     spun = median(small, "spin_us") + median(small, "memcpy_us")
     print(f"{f'   the same beside a ping-pong that spins + memcpy {spun:.1f}':62} {hop / spun:6.2f}")
     handed = median(small, "handed_us")
-    print(f"{f'   the same beside a bare copy in by one core and out by the other {handed:.1f}':62} {hop / handed:6.2f}")
+    print(
+        f"{f'   the same beside a bare copy in by one core and out by the other {handed:.1f}':62} {hop / handed:6.2f}"
+    )
     fast, copy = median(large, "gb_s"), median(large, "memcpy_gb_s")
     shown.append(compare(f"shm, 16 MiB, {fast:.2f} GB/s / memcpy {copy:.2f}", fast / copy, 0.8, False))
     document: dict[str, Any] = {"ratios": shown, "turns": turns}

@@ -66,7 +66,9 @@ fn on_one_host_it_measures_what_there_is_and_draws_it() {
 
     let table = host.run(&["bench", "link", "--seconds=0.005", "--sizes=64", "--transport=shm"]);
     let heading = "      size     p50 (us)     p99 (us)   p99.9 (us)       hops       GB/s  messages";
-    assert_eq!(table.stdout.lines().next(), Some("shm, with another process of this host"), "{table:?}");
+    // How the memory is shared depends on what this host allows: `cma`, or `ring` and why.
+    let first = table.stdout.lines().next().unwrap_or_default();
+    assert!(first.starts_with("shm (") && first.ends_with("), with another process of this host"), "{table:?}");
     assert_eq!((table.stdout.lines().nth(1), table.stdout.lines().count()), (Some(heading), 3), "{table:?}");
 }
 

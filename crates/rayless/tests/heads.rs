@@ -444,11 +444,13 @@ fn the_store_may_lose_a_member_and_without_most_of_them_nobody_decides() {
         members[0].crash();
         let (mut head_b, _) = head(&b, &store, "b", &[]);
         head_b.says("stands by at");
-        let status = a.await_status("the standby", |status| stands_by(status, "b"));
-        assert!(is_head(&status, "a", 1), "{status}");
+        // The members that are left may need longer to agree on a leader than a lease lasts: then there is a next term.
+        let status = a.await_status("the standby", |status| stands_by(status, "a") || stands_by(status, "b"));
+        let leader = if leads(&status, "a") { &mut head_a } else { &mut head_b };
         // Most of them.
         members[1].crash();
-        head_a.says("no longer the head (term 1): its lease in the store could not be renewed");
+        let term = &status["cluster"]["term"];
+        leader.says(&format!("no longer the head (term {term}): its lease in the store could not be renewed"));
         await_nobody(&a);
         // One of the lost is enough; the other comes later.
         members[1].resume();
