@@ -103,6 +103,7 @@ pub fn answers(said: &Said<'_>, piece: usize) {
         cluster: ClusterId([1; 16]),
         seen: Term(0),
         store: "etcd://x".into(),
+        authorities: vec!["x".into()],
     };
     let mut now = Instant::now();
     let mut candidate = Candidate::new(config, now);
