@@ -11,7 +11,7 @@ use rayless_proto::{
     resources::{GPU, Quantity, Resources, Strategy},
     v1::{
         control::{
-            GpuInfo, GroupSpec, HeldGroup, NodeInfo, RefusalKind, ReportAsker, ReportPart, ToHead, ToNode, WorkerState,
+            GpuInfo, GroupSpec, HeldGroup, NodeInfo, RefusalKind, ReportPart, Requester, ToHead, ToNode, WorkerState,
         },
         link::LinkSettings,
         rdma::RdmaInventory,
@@ -442,7 +442,7 @@ fn a_report_passes_through_the_head_and_nothing_of_it_stays() {
         b.open(node.into(), node);
         b.say(node.into(), join(info(node, 1)));
     }
-    let by = ReportAsker { node: id(1), incarnation: Incarnation(1), request: 7 };
+    let by = Requester { node: id(1), incarnation: Incarnation(1), request: 7 };
     assert_eq!(b.say(1, ToHead::AskReport { request: 7, node: id(2) }), [ToNode::MakeReport(by)]);
     let part = |length: usize| ReportPart { archive: vec![1; length], cause: String::new() };
     let answer = b.say(2, ToHead::ReportMade { by, part: part(MAX_REPORT_PART) });
@@ -452,7 +452,7 @@ fn a_report_passes_through_the_head_and_nothing_of_it_stays() {
     let cut = |said: &[ToNode]| matches!(said, [ToNode::ReportPart { part, .. }] if part.archive.is_empty() && part.cause.starts_with("n2 sent "));
     assert!(cut(&answer), "{answer:?}");
     // The life that asked is over: its next one never hears of it.
-    let old = ReportAsker { incarnation: Incarnation(0), ..by };
+    let old = Requester { incarnation: Incarnation(0), ..by };
     assert!(b.say(2, ToHead::ReportMade { by: old, part: part(1) }).is_empty());
     // Who is not connected is not waited for.
     let refused = |said: &[ToNode], cause: &str| matches!(said, [ToNode::RequestRefused { request: 8, refusal, .. }] if refusal.cause.contains(cause));

@@ -48,7 +48,7 @@ use rayless_proto::{
     ids::{ClusterId, GroupId, NodeId, PlacementGroupId, RequestId, Term},
     limits::{MAX_EVENTS, MAX_REPORT_PART, MAX_TOMBSTONES},
     v1::{
-        control::{HeadTerm, Refusal, RefusalKind, ReportAsker, ReportPart, ToHead, ToNode},
+        control::{HeadTerm, Refusal, RefusalKind, ReportPart, ToHead, ToNode},
         status::{Event, HeadSeat},
     },
 };
@@ -243,8 +243,7 @@ impl Head {
             ToHead::Update { info } => self.on_update(from, info, now),
             ToHead::TokensHeld { marks, problem } => self.on_tokens_held(from, marks, problem, now),
             ToHead::AskReport { request, node } => {
-                let requester = requester(request);
-                self.on_ask_report(requester, node);
+                self.on_ask_report(requester(request), node);
             }
             ToHead::ReportMade { by, part } => self.on_report_made(from, by, part),
         }
@@ -262,18 +261,16 @@ impl Head {
             self.refuse(by, RefusalKind::Failed, cause, "");
             return;
         }
-        let by = ReportAsker { node: by.node, incarnation: by.incarnation, request: by.request };
         self.send(node, ToNode::MakeReport(by));
     }
 
-    fn on_report_made(&mut self, from: NodeId, by: ReportAsker, mut part: ReportPart) {
+    fn on_report_made(&mut self, from: NodeId, by: Requester, mut part: ReportPart) {
         if part.archive.len() > MAX_REPORT_PART {
             let cause =
                 format!("{} sent {} bytes, {MAX_REPORT_PART} are allowed", self.node_name(from), part.archive.len());
             part = ReportPart { archive: Vec::new(), cause };
         }
-        let requester = Requester { node: by.node, incarnation: by.incarnation, request: by.request };
-        self.reply(requester, ToNode::ReportPart { request: by.request, part });
+        self.reply(by, ToNode::ReportPart { request: by.request, part });
     }
 
     /// Another head has come after this one: whoever runs it ends it.

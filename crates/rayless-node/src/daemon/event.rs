@@ -5,7 +5,7 @@ use crate::inventory::gpu::Probe;
 use rayless_proto::{
     ids::GroupId,
     v1::{
-        control::{ReportAsker, ReportPart},
+        control::{ReportPart, Requester},
         keeper::FromKeeper,
         local::{ClientMessage, DaemonMessage},
     },
@@ -49,7 +49,7 @@ pub(crate) enum Event {
     /// A TCP connection whose first bytes name a keeper; none of them is consumed.
     StepSession { group: GroupId, from: String, stream: OwnedFd },
     /// This node's part of a report is made, or could not be.
-    ReportMade { by: ReportAsker, part: ReportPart },
+    ReportMade { by: Requester, part: ReportPart },
     /// SIGTERM or SIGINT.
     Signal(&'static str),
 }

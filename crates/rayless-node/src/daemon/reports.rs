@@ -11,7 +11,7 @@ use rayless_proto::{
     ids::RequestId,
     limits::{MAX_REPORT_PART, MAX_REPORTS, REPORT_TIMEOUT},
     v1::{
-        control::{Refusal, RefusalKind, ReportAsker, ReportPart, ToHead},
+        control::{Refusal, RefusalKind, ReportPart, Requester, ToHead},
         local::{ClientReply, ClientRequest},
     },
 };
@@ -35,7 +35,7 @@ impl Core {
     }
 
     /// The head passes on that another node wants this one's part.
-    pub(crate) fn make_report(&mut self, by: ReportAsker) {
+    pub(crate) fn make_report(&mut self, by: Requester) {
         if self.reports >= MAX_REPORTS {
             let cause = format!("{} makes {MAX_REPORTS} others already", self.info.name);
             self.tell_head(ToHead::ReportMade { by, part: without(cause) });
@@ -53,7 +53,7 @@ impl Core {
         });
     }
 
-    pub(crate) fn report_made(&mut self, by: ReportAsker, part: ReportPart) {
+    pub(crate) fn report_made(&mut self, by: Requester, part: ReportPart) {
         self.reports = self.reports.saturating_sub(1);
         self.tell_head(ToHead::ReportMade { by, part });
     }

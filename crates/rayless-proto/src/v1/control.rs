@@ -415,21 +415,10 @@ pub enum ToHead {
     /// What this node was asked for by `MakeReport`.
     ReportMade {
         /// Who asked.
-        by: ReportAsker,
+        by: Requester,
         /// What it has to say.
         part: ReportPart,
     },
-}
-
-/// Who wants a node's part of a report. The head keeps nothing of it: it travels with the question and comes back with the answer.
-#[derive(Archive, Serialize, Deserialize, Clone, Copy, PartialEq, Eq, Debug)]
-pub struct ReportAsker {
-    /// The node of the client that asked.
-    pub node: NodeId,
-    /// Which life of it.
-    pub incarnation: Incarnation,
-    /// That node's number for the request.
-    pub request: RequestId,
 }
 
 /// A node's part of a report.
@@ -600,8 +589,9 @@ pub enum ToNode {
         /// Groups that are over, oldest first.
         ended: Vec<EndedGroup>,
     },
-    /// Make this node's part of a report; answered with `ReportMade`.
-    MakeReport(ReportAsker),
+    /// Make this node's part of a report; answered with `ReportMade`. The head keeps nothing of it: who asked travels with the question and comes
+    /// back with the answer.
+    MakeReport(Requester),
     /// Answer to `AskReport`.
     ReportPart {
         /// Which request.

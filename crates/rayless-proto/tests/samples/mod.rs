@@ -6,8 +6,8 @@ use rayless_proto::{
     v1::{
         control::{
             EndedGroup, FromHead, GpuInfo, GroupSpec, HeadTerm, HeldGroup, HeldPlacementGroup, NeedHave, NeedHaveRow,
-            NodeEnv, NodeInfo, PlacedNode, Placement, RankAllocation, Refusal, RefusalKind, ReportAsker, ReportPart,
-            Requester, ToHead, ToNode, WorkerState,
+            NodeEnv, NodeInfo, PlacedNode, Placement, RankAllocation, Refusal, RefusalKind, ReportPart, Requester,
+            ToHead, ToNode, WorkerState,
         },
         keeper::{FromKeeper, KeeperConfig, ToKeeper},
         link::{
@@ -121,8 +121,8 @@ fn to_node() -> Vec<ToNode> {
     ]
 }
 
-fn asker() -> ReportAsker {
-    ReportAsker { node: NODE, incarnation: Incarnation(2), request: 7 }
+const fn asker() -> Requester {
+    Requester { request: 7, ..REQUESTER }
 }
 
 fn part() -> ReportPart {
