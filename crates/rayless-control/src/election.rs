@@ -11,9 +11,9 @@
 //!   it does anything else ([`Candidate::holds`] is asked before each decision and before each message that leaves).
 //! - **E3** The clock may stand still with the machine. So a term is never used twice, it is on every message, and nodes refuse
 //!   a lower one than they have seen: what slips through E1 and E2 is not obeyed.
+//! - **E4** A lease that was not renewed in time is never used again, even if the store still has it: the next one brings a new term.
 //! - **E5** Who does not have the cluster's present token has no seat: nobody could join it. The store names the authority of a token that the
 //!   head and all who live accept; a candidate that lacks it has missed a rotation.
-//! - **E4** A lease that was not renewed in time is never used again, even if the store still has it: the next one brings a new term.
 //!
 //! The time handed in should be one that counts a suspended machine's sleep (CLOCK_BOOTTIME).
 
@@ -130,6 +130,15 @@ pub enum Input {
     Leave,
     /// [`Candidate::next_timeout`] has come.
     Timer,
+}
+
+impl Input {
+    /// [`Input::Authorities`] of a daemon that accepts these, the one of the present token first. `all_have_it`: as the head, whether every living node
+    /// has that token. While it is spread the next head must have the one before, so that a head that dies then has a successor.
+    pub fn authorities(held: Vec<String>, all_have_it: bool) -> Option<Self> {
+        let wanted = if all_have_it { held.first() } else { held.last() }?.clone();
+        Some(Self::Authorities { held, wanted })
+    }
 }
 
 /// What is to be done, in this order.

@@ -65,14 +65,13 @@ impl World {
         self.hosts[host].tokens.iter().map(|mark| format!("authority {}", mark.0[7])).collect()
     }
 
-    /// Tells the candidate what this daemon accepts; as the head, what it wants of others: the new token once all who live have it.
+    /// Tells the candidate what this daemon accepts, and whether all who live have it.
     pub fn name_authority(&mut self, host: usize) {
         let held = self.authorities(host);
         let side = self.hosts[host].daemon.as_ref().and_then(|d| d.head.as_ref());
-        let spread = side.is_some_and(|side| side.head.without_token().is_empty());
-        let wanted = if spread { held.first() } else { held.last() };
-        if let Some(wanted) = wanted.cloned() {
-            self.candidate_in(host, rayless_control::election::Input::Authorities { held, wanted });
+        let all_have_it = side.is_some_and(|side| side.head.without_token().is_empty());
+        if let Some(input) = rayless_control::election::Input::authorities(held, all_have_it) {
+            self.candidate_in(host, input);
         }
     }
 

@@ -91,17 +91,14 @@ impl Core {
         self.name_authority();
     }
 
-    /// Where heads take turns: tells the candidate what this daemon accepts, and which of that the next head must. While a new token is spread that is
-    /// the one before it, so that a head that dies then has a successor.
+    /// Where heads take turns: tells the candidate what this daemon accepts, and whether all who live have it.
     pub(crate) fn name_authority(&mut self) {
         if self.stand.is_none() {
             return;
         }
-        let held = self.identity.authority_names();
-        let spread = self.head.as_ref().is_some_and(|head| head.without_token().is_empty());
-        let wanted = if spread { held.first() } else { held.last() };
-        if let Some(wanted) = wanted.cloned() {
-            self.stand_for(election::Input::Authorities { held, wanted });
+        let all_have_it = self.head.as_ref().is_some_and(|head| head.without_token().is_empty());
+        if let Some(input) = election::Input::authorities(self.identity.authority_names(), all_have_it) {
+            self.stand_for(input);
         }
     }
 
