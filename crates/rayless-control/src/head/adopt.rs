@@ -183,7 +183,7 @@ impl Head {
                 parts: BTreeMap::new(),
                 ended: over.then_some(now),
                 resumed: launch.map(|_| Self::resumed(now)),
-                end_number: if over { self.next_end() } else { 0 },
+                end_number: if over { self.telling.next_end() } else { 0 },
             };
             let title = adopted.title(id);
             self.groups.insert(id, adopted);

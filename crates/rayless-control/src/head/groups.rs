@@ -295,9 +295,7 @@ impl Head {
         group.resumed = None;
         cause.clone_into(&mut group.cause);
         group.ended = Some(now);
-        let end_number = self.next_end();
-        let Some(group) = self.groups.get_mut(&id) else { return };
-        group.end_number = end_number;
+        group.end_number = self.telling.next_end();
         let (title, requester) = (group.title(id), group.requester);
         let parts: Vec<NodeId> = group.parts.keys().copied().collect();
         for node in parts {

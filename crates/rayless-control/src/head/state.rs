@@ -202,7 +202,7 @@ impl Head {
             parts: std::collections::BTreeMap::new(),
             ended: saved.phase.is_over().then_some(now),
             resumed: None,
-            end_number: if saved.phase.is_over() { self.next_end() } else { 0 },
+            end_number: if saved.phase.is_over() { self.telling.next_end() } else { 0 },
         };
         for saved in saved.parts {
             let mut part = Part::new(saved.ranks, saved.keeper, now);

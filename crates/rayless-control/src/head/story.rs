@@ -63,6 +63,14 @@ pub(super) struct Telling {
     told: BTreeMap<NodeId, Told>,
 }
 
+impl Telling {
+    /// The number of the group that ends now.
+    pub(super) const fn next_end(&mut self) -> u64 {
+        self.ends += 1;
+        self.ends
+    }
+}
+
 #[derive(Debug, Clone, Copy)]
 struct Told {
     session: SessionId,
@@ -110,7 +118,7 @@ impl Head {
             parts: BTreeMap::new(),
             ended: Some(self.moment_of(ended.time_us, now)),
             resumed: None,
-            end_number: self.next_end(),
+            end_number: self.telling.next_end(),
         };
         for (node, ranks) in &ended.ranks {
             group.parts.insert(*node, gone(ranks, now));
@@ -155,11 +163,6 @@ impl Head {
                 cause => self.end_group(id, Phase::Failed, cause, now),
             }
         }
-    }
-
-    pub(super) const fn next_end(&mut self) -> u64 {
-        self.telling.ends += 1;
-        self.telling.ends
     }
 
     /// An event was kept.

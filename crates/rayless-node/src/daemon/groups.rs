@@ -56,11 +56,11 @@ impl Core {
             }
             return;
         }
+        let held = keepers::held_before_start(group, name.clone(), world_size, driver_node, ranks.clone(), requester);
         let leaf = match self.identity.issue_delegate() {
             Ok(leaf) => leaf,
             Err(error) => {
                 let cause = format!("no identity for a keeper on {}: {error}", self.info.name);
-                let held = keepers::held_before_start(group, name, world_size, driver_node, ranks, requester);
                 return self.tell_ended(held, cause);
             }
         };
@@ -72,14 +72,14 @@ impl Core {
             .collect();
         let config = KeeperConfig {
             group,
-            name: name.clone(),
+            name,
             world_size,
             driver_node,
             node: self.info.id,
             node_name: self.info.name.clone(),
             node_address: self.info.address.clone(),
             run_dir: self.run.path().to_string_lossy().into_owned(),
-            ranks: ranks.clone(),
+            ranks,
             gpu_uuids,
             node_env: self.info.node_env.clone(),
             leaf,
@@ -88,8 +88,7 @@ impl Core {
             links: self.info.links.clone(),
             requester,
         };
-        let keeper =
-            Keeper::starting(keepers::held_before_start(group, name, world_size, driver_node, ranks, requester));
+        let keeper = Keeper::starting(held);
         // A GPU that another group shares is not back to anything after this one.
         let shared: BTreeSet<u32> = self.keepers.values().flat_map(Keeper::gpus).collect();
         let measured: Vec<u32> =
