@@ -5,9 +5,15 @@
 //! hold the parent's connections open either, or a peer would not see the parent's death while the child lives: so they are closed in
 //! the child as it begins. (A queue pair's descriptors are libibverbs' and stay open there.)
 
+use crate::{
+    error::{Lost, LostKind, TransportError},
+    name::LinkName,
+};
 use rustix::fd::RawFd;
 use std::{
     cell::UnsafeCell,
+    mem::ManuallyDrop,
+    ops::{Deref, DerefMut},
     sync::{
         Once,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -15,7 +21,12 @@ use std::{
 };
 
 /// What a link says in a process that is not its own.
-pub(crate) const NOT_HERE: &str = "the link belongs to the process that this one was forked from";
+const NOT_HERE: &str = "the link belongs to the process that this one was forked from";
+
+/// The same as a transport's error.
+pub(crate) fn not_here() -> TransportError {
+    TransportError { kind: LostKind::Abandoned, cause: NOT_HERE.to_owned() }
+}
 
 /// Forks between the first process and this one. Changes in a child only, before anything else runs there.
 static FORKS: AtomicU64 = AtomicU64::new(0);
@@ -34,6 +45,68 @@ impl Origin {
 
     pub(crate) fn is_here(self) -> bool {
         self.0 == FORKS.load(Ordering::Relaxed)
+    }
+
+    /// For what has a lock: in a forked process it may be held for ever, by a thread that is not there.
+    pub(crate) fn check(self, link: LinkName) -> Result<(), Lost> {
+        if self.is_here() {
+            return Ok(());
+        }
+        let TransportError { kind, cause } = not_here();
+        Err(Lost { link, sequence: 0, kind, cause })
+    }
+}
+
+/// One end's transport. In a process forked from its own it is neither closed nor dropped: that would take down what is the
+/// parent's.
+#[derive(Debug)]
+pub(crate) struct OfOneProcess<T> {
+    transport: ManuallyDrop<T>,
+    origin: Origin,
+    held: NotInChildren,
+}
+
+impl<T> OfOneProcess<T> {
+    /// `descriptors`: of the transport, to be closed in forked children.
+    pub(crate) fn new(descriptors: Vec<RawFd>, transport: T) -> Self {
+        let (origin, held) = (Origin::here(), NotInChildren::new(descriptors));
+        Self { transport: ManuallyDrop::new(transport), origin, held }
+    }
+
+    pub(crate) fn is_here(&self) -> bool {
+        self.origin.is_here()
+    }
+
+    /// Runs the transport's last call, which closes its descriptors.
+    pub(crate) fn shut(&mut self, close: impl FnOnce(&mut T)) {
+        if self.is_here() {
+            self.held = NotInChildren::default();
+            close(&mut self.transport);
+        }
+    }
+}
+
+impl<T> Deref for OfOneProcess<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.transport
+    }
+}
+
+impl<T> DerefMut for OfOneProcess<T> {
+    fn deref_mut(&mut self) -> &mut T {
+        &mut self.transport
+    }
+}
+
+impl<T> Drop for OfOneProcess<T> {
+    fn drop(&mut self) {
+        if self.is_here() {
+            self.held = NotInChildren::default();
+            // SAFETY: never used again.
+            unsafe { ManuallyDrop::drop(&mut self.transport) };
+        }
     }
 }
 

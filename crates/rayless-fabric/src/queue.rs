@@ -9,7 +9,7 @@ use crate::{
     backoff::Backoff,
     dtype::DType,
     error::{Lost, LostKind, SendError, TransportError},
-    fork::{NOT_HERE, Origin},
+    fork::Origin,
     header::DevicePath,
     name::LinkName,
     probe::Probe,
@@ -173,7 +173,7 @@ impl SendQueue {
 
     /// What the transport has counted; `None` while a message is on its way in the queue's thread.
     pub fn counters(&self) -> Option<Counters> {
-        check_origin(self.origin, self.name).ok()?;
+        self.origin.check(self.name).ok()?;
         self.shared.lock().link.as_ref().map(SendLink::counters)
     }
 
@@ -194,7 +194,7 @@ impl SendQueue {
         extra: Extra<'_>,
         own: impl FnOnce() -> Vec<OwnedTensor>,
     ) -> Result<SendHandle, SendError> {
-        check_origin(self.origin, self.name)?;
+        self.origin.check(self.name)?;
         let mut guard = self.shared.lock();
         let state = &mut *guard;
         if let Some(error) = &state.failed {
@@ -240,7 +240,7 @@ impl SendQueue {
         path: DevicePath,
         payload: impl FnOnce() -> Result<DevicePayload, String>,
     ) -> Result<SendHandle, SendError> {
-        check_origin(self.origin, self.name)?;
+        self.origin.check(self.name)?;
         let mut guard = self.shared.lock();
         let state = &mut *guard;
         if let Some(error) = &state.failed {
@@ -317,7 +317,7 @@ impl SendQueue {
     ///
     /// A wait that ends before the first byte has left gives [`SendError::Stopped`], and the link stays usable.
     pub fn send(&mut self, tensors: &[TensorRef<'_>], extra: Extra<'_>, wait: &Wait<'_>) -> Result<(), SendError> {
-        check_origin(self.origin, self.name)?;
+        self.origin.check(self.name)?;
         let mut state = self.shared.lock();
         // The thread puts the link back before it counts a message as gone; no other message comes in meanwhile.
         while state.left < state.accepted && state.failed.is_none() {
@@ -351,7 +351,7 @@ impl SendQueue {
     /// Waits until everything has left, then closes the link in order. Gives false when the wait ended before that:
     /// the queue is then still open.
     pub fn close(&mut self, wait: &Wait<'_>) -> Result<bool, SendError> {
-        check_origin(self.origin, self.name)?;
+        self.origin.check(self.name)?;
         let last = self.shared.lock().accepted;
         if last > 0 && !self.handle(last - 1).wait(wait)? {
             return Ok(false);
@@ -451,14 +451,6 @@ fn send_chunks(link: &mut SendLink, source: &mut dyn Source) -> Result<(), SendE
     Ok(())
 }
 
-/// In a process forked from the queue's own the lock may be held for ever, by a thread that is not there.
-fn check_origin(origin: Origin, link: LinkName) -> Result<(), SendError> {
-    if origin.is_here() {
-        return Ok(());
-    }
-    Err(Lost { link, sequence: 0, kind: LostKind::Abandoned, cause: NOT_HERE.to_owned() }.into())
-}
-
 /// Starts the queue's thread if it does not run yet.
 fn start_thread(
     thread: &mut Option<JoinHandle<()>>,
@@ -495,7 +487,7 @@ pub struct SendHandle {
 impl SendHandle {
     /// Whether the message has left, so that its tensors may be written again.
     pub fn is_done(&self) -> Result<bool, SendError> {
-        check_origin(self.origin, self.name)?;
+        self.origin.check(self.name)?;
         let state = self.shared.lock();
         self.outcome(&state)
     }
@@ -503,7 +495,7 @@ impl SendHandle {
     /// Waits until the message has left. Gives false when the wait ended before that; the message is still on
     /// its way.
     pub fn wait(&self, wait: &Wait<'_>) -> Result<bool, SendError> {
-        check_origin(self.origin, self.name)?;
+        self.origin.check(self.name)?;
         let mut state = self.shared.lock();
         loop {
             if self.outcome(&state)? {

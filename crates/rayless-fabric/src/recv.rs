@@ -3,7 +3,7 @@
 use crate::{
     config::LinkConfig,
     error::{Lost, LostKind, RecvError, Rejected, RejectedKind, TransportError},
-    fork::{NOT_HERE, NotInChildren, Origin},
+    fork::{OfOneProcess, not_here},
     header::{DevicePath, HEADER, Header, Kind},
     name::LinkName,
     probe::{Phase, Probe},
@@ -14,7 +14,7 @@ use crate::{
     transport::{Counters, Inbound, Level, SharedPage},
     wait::{Cancel, Stop, Wait},
 };
-use std::{fmt, mem::ManuallyDrop, sync::Arc};
+use std::{fmt, sync::Arc};
 
 /// What a message announces about itself.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -32,9 +32,7 @@ pub struct Announced {
 /// The receiving end of a link.
 pub struct RecvLink {
     name: LinkName,
-    transport: ManuallyDrop<Box<dyn Inbound>>,
-    origin: Origin,
-    held: NotInChildren,
+    transport: OfOneProcess<Box<dyn Inbound>>,
     max_message: u64,
     verify: bool,
     spin: Spin,
@@ -93,9 +91,7 @@ impl RecvLink {
             spin: Spin::new(config.spin),
             cancel: Cancel::new(transport.waker()),
             probe: Arc::new(Probe::new(name, transport.level())),
-            origin: Origin::here(),
-            held: NotInChildren::new(transport.descriptors()),
-            transport: ManuallyDrop::new(transport),
+            transport: OfOneProcess::new(transport.descriptors(), transport),
             schemas: ReceivedSchemas::default(),
             head: [0; HEADER],
             schema: Vec::new(),
@@ -367,7 +363,7 @@ impl RecvLink {
     /// Closes this end: the sender's next call fails. Dropping does the same.
     pub fn close(&mut self) {
         if !matches!(self.state, State::Closed | State::Lost(_)) {
-            self.shut("the receiver closed its end");
+            self.transport.shut(|transport| transport.close("the receiver closed its end"));
             self.state = State::Closed;
             self.probe.enter(Phase::Closed);
         }
@@ -420,8 +416,8 @@ impl RecvLink {
         wait: &Wait<'_>,
         mut advance: impl FnMut(&mut Self) -> Result<bool, RecvError>,
     ) -> Result<(), RecvError> {
-        if !self.origin.is_here() {
-            return Err(self.lose(TransportError { kind: LostKind::Abandoned, cause: NOT_HERE.to_owned() }));
+        if !self.transport.is_here() {
+            return Err(self.lose(not_here()));
         }
         if advance(self)? {
             return Ok(());
@@ -455,7 +451,7 @@ impl RecvLink {
             self.filled = 0;
             let header = self.check_header().map_err(|e| self.lose(e))?;
             if header.kind == Kind::Goodbye {
-                self.shut("");
+                self.transport.shut(|transport| transport.close(""));
                 self.state = State::Closed;
                 self.probe.enter(Phase::Closed);
                 return Ok(true);
@@ -531,21 +527,13 @@ impl RecvLink {
         self.probe.enter(Phase::Idle);
     }
 
-    /// The transport's last call, in its own process.
-    fn shut(&mut self, reason: &str) {
-        if self.origin.is_here() {
-            self.held = NotInChildren::default();
-            self.transport.close(reason);
-        }
-    }
-
     fn stopped(&mut self, stop: Stop) -> RecvError {
         RecvError::Stopped { link: self.name, sequence: self.sequence, stop }
     }
 
     fn lose(&mut self, error: TransportError) -> RecvError {
         let lost = Lost { link: self.name, sequence: self.sequence, kind: error.kind, cause: error.cause };
-        self.shut(&lost.to_string());
+        self.transport.shut(|transport| transport.close(&lost.to_string()));
         self.state = State::Lost(lost.clone());
         self.probe.lose(&lost.cause);
         lost.into()
@@ -555,10 +543,6 @@ impl RecvLink {
 impl Drop for RecvLink {
     fn drop(&mut self) {
         self.close();
-        if self.origin.is_here() {
-            // SAFETY: never used again. In a forked child it is left alone: it would take down what is the parent's.
-            unsafe { ManuallyDrop::drop(&mut self.transport) };
-        }
     }
 }
 

@@ -6,7 +6,7 @@
 use crate::{
     backoff::Backoff,
     error::{Lost, LostKind, RecvError},
-    fork::{NOT_HERE, Origin},
+    fork::Origin,
     name::LinkName,
     probe::Probe,
     recv::{Announced, RecvLink},
@@ -101,9 +101,7 @@ impl RecvQueue {
 
     /// What the transport has counted; `None` while a payload is coming in.
     pub fn counters(&self) -> Option<Counters> {
-        if !self.origin.is_here() {
-            return None;
-        }
+        self.origin.check(self.name).ok()?;
         self.shared.lock().link.as_ref().map(RecvLink::counters)
     }
 
@@ -113,11 +111,7 @@ impl RecvQueue {
         wait: &Wait<'_>,
         run: impl FnOnce(&mut RecvLink) -> Result<R, RecvError>,
     ) -> Result<R, RecvError> {
-        if !self.origin.is_here() {
-            // The lock may be held for ever, by a thread that is not there.
-            let cause = NOT_HERE.to_owned();
-            return Err(Lost { link: self.name, sequence: 0, kind: LostKind::Abandoned, cause }.into());
-        }
+        self.origin.check(self.name)?;
         let mut state = self.shared.lock();
         loop {
             // While the thread receives, it has the link; before it has taken the link there is its job.

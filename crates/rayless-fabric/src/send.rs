@@ -3,7 +3,7 @@
 use crate::{
     config::LinkConfig,
     error::{Lost, LostKind, Rejected, RejectedKind, SendError, TransportError},
-    fork::{NOT_HERE, NotInChildren, Origin},
+    fork::{OfOneProcess, not_here},
     header::{DevicePath, Header, Kind},
     name::LinkName,
     probe::{Phase, Probe},
@@ -13,7 +13,7 @@ use crate::{
     transport::{Counters, Cursor, Level, Outbound, SharedPage},
     wait::{Cancel, Stop, Wait},
 };
-use std::{fmt, mem::ManuallyDrop, sync::Arc, time::Duration};
+use std::{fmt, sync::Arc, time::Duration};
 
 /// Bytes of the largest chunk of a device message's payload.
 pub const CHUNK: usize = 1 << 20;
@@ -27,9 +27,7 @@ const GOODBYE: Duration = Duration::from_secs(5);
 /// The sending end of a link. Messages leave in the order of the calls.
 pub struct SendLink {
     name: LinkName,
-    transport: ManuallyDrop<Box<dyn Outbound>>,
-    origin: Origin,
-    held: NotInChildren,
+    transport: OfOneProcess<Box<dyn Outbound>>,
     limits: PeerLimits,
     verify: bool,
     spin: Spin,
@@ -76,9 +74,7 @@ impl SendLink {
             spin: Spin::new(config.spin),
             cancel: Cancel::new(transport.waker()),
             probe: Arc::new(Probe::new(name, transport.level())),
-            origin: Origin::here(),
-            held: NotInChildren::new(transport.descriptors()),
-            transport: ManuallyDrop::new(transport),
+            transport: OfOneProcess::new(transport.descriptors(), transport),
             schemas: SentSchemas::default(),
             schema: Vec::new(),
             head: Vec::new(),
@@ -239,11 +235,11 @@ impl SendLink {
     pub fn close(&mut self) {
         let whole = match self.state {
             State::Closed => return,
-            _ if !self.origin.is_here() => false,
+            _ if !self.transport.is_here() => false,
             State::Idle => self.say_goodbye(),
             State::Begun { .. } | State::Owing { .. } | State::Chunks { .. } | State::Lost(_) => false,
         };
-        self.shut(whole);
+        self.transport.shut(|transport| transport.close(whole));
         if !matches!(self.state, State::Lost(_)) {
             self.state = State::Closed;
             self.probe.enter(Phase::Closed);
@@ -358,8 +354,8 @@ impl SendLink {
     }
 
     fn write(&mut self, body: &Scatter<'_>) -> Result<bool, SendError> {
-        if !self.origin.is_here() {
-            return Err(self.lose(TransportError { kind: LostKind::Abandoned, cause: NOT_HERE.to_owned() }));
+        if !self.transport.is_here() {
+            return Err(self.lose(not_here()));
         }
         self.transport.write(&self.head, body, &mut self.cursor).map_err(|e| self.lose(e))
     }
@@ -438,18 +434,10 @@ impl SendLink {
 
     fn lose(&mut self, error: TransportError) -> SendError {
         let lost = Lost { link: self.name, sequence: self.sequence, kind: error.kind, cause: error.cause };
-        self.shut(false);
+        self.transport.shut(|transport| transport.close(false));
         self.state = State::Lost(lost.clone());
         self.probe.lose(&lost.cause);
         lost.into()
-    }
-
-    /// The transport's last call, in its own process.
-    fn shut(&mut self, whole: bool) {
-        if self.origin.is_here() {
-            self.held = NotInChildren::default();
-            self.transport.close(whole);
-        }
     }
 
     /// The last header. A receiver that is full to the brim gets a little time to make room for it; if it does not,
@@ -505,10 +493,6 @@ pub(crate) fn with_parts<R>(tensors: &[TensorRef<'_>], run: impl FnOnce(&[&[u8]]
 impl Drop for SendLink {
     fn drop(&mut self) {
         self.close();
-        if self.origin.is_here() {
-            // SAFETY: never used again. In a forked child it is left alone: it would take down what is the parent's.
-            unsafe { ManuallyDrop::drop(&mut self.transport) };
-        }
     }
 }
 
