@@ -423,19 +423,15 @@ impl RecvLink {
             return Ok(());
         }
         let mut spin_until = if wait.is_poll() { None } else { self.spin.begin() };
-        let mut slept = false;
         loop {
             if !self.spin.again(&mut spin_until) {
                 match wait.next_slice(&self.cancel) {
                     Ok(slice) => self.transport.wait(slice).map_err(|e| self.lose(e))?,
                     Err(stop) => return Err(self.stopped(stop)),
                 }
-                slept = true;
             }
             if advance(self)? {
-                if slept {
-                    self.spin.slept();
-                }
+                self.spin.came();
                 return Ok(());
             }
         }

@@ -335,19 +335,15 @@ impl SendLink {
         let guarded = OrLose(self);
         let link = &mut *guarded.0;
         let mut spin_until = if wait.is_poll() { None } else { link.spin.begin() };
-        let mut slept = false;
         loop {
             if !link.spin.again(&mut spin_until) {
                 match wait.next_slice(&link.cancel) {
                     Ok(slice) => link.transport.wait(slice).map_err(|e| link.lose(e))?,
                     Err(stop) => return Err(link.stopped(stop, body)),
                 }
-                slept = true;
             }
             if link.write(body)? {
-                if slept {
-                    link.spin.slept();
-                }
+                link.spin.came();
                 return Ok(());
             }
         }

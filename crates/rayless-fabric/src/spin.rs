@@ -85,12 +85,15 @@ impl Spin {
         true
     }
 
-    /// What was waited for has come, after a sleep.
-    pub fn slept(&mut self) {
-        self.slept_until(Instant::now());
+    /// What was waited for has come, after looking or after a sleep.
+    pub fn came(&mut self) {
+        // Who found it by looking has nothing to learn.
+        if self.looked_until.is_some() {
+            self.came_at(Instant::now());
+        }
     }
 
-    fn slept_until(&mut self, now: Instant) {
+    fn came_at(&mut self, now: Instant) {
         self.was_in_vain = self.looked_until.is_some_and(|end| now.duration_since(end) <= AT_ONCE);
         if !self.was_in_vain {
             return;
@@ -120,7 +123,7 @@ mod tests {
         let mut spin = Spin::new(Duration::ZERO);
         let mut until = spin.begin();
         assert!(until.is_none() && !spin.again(&mut until));
-        spin.slept();
+        spin.came();
         assert!(spin.begin().is_none());
     }
 
@@ -158,7 +161,7 @@ mod tests {
         let mut wait = |looked: bool, slept: Option<Duration>| {
             spin.begin();
             spin.looked_until = looked.then_some(start);
-            slept.into_iter().for_each(|slept| spin.slept_until(start + slept));
+            slept.into_iter().for_each(|slept| spin.came_at(start + slept));
             spin.paused.is_some()
         };
         // Between two that were held up: one that took its time as over a network, one that did not look, one that found it.

@@ -2,7 +2,7 @@
 //!
 //! A host's choice suits what it serves to the internet. BBR, where it is that choice, paces each stream by timers and
 //! keeps little more in flight than one round trip holds: between the hosts of one data centre, where a round trip is
-//! tens of microseconds, a link then does a third of what it does otherwise (benches/links.py shows both).
+//! tens of microseconds, a link then does less than half of what it does otherwise (benches/links.py shows both).
 //!
 //! It has to be chosen before a stream is connected, or its listener before it accepts: BBR marks a stream as paced when it
 //! starts, and Linux never takes that mark back.
