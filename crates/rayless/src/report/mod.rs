@@ -133,7 +133,7 @@ impl Report {
         match status::look(run) {
             Ok(report) => {
                 // Its names are ours: only what looks like a token by itself is taken out, or it would be no JSON any more.
-                self.add("status.json", &scrub::known_forms(&report.to_json().to_string()))?;
+                self.add("status.json", scrub::known_forms(&report.to_json().to_string()).as_bytes())?;
                 self.text("status.txt", &status_text::status(&report, now))?;
                 self.text("environment.txt", &status_text::environment(&report))?;
                 Ok(Some(report))
@@ -226,11 +226,11 @@ impl Report {
 
     /// Adds a text, without the secrets that may be in it.
     fn text(&mut self, name: &str, text: &str) -> io::Result<()> {
-        self.add(name, &scrub::scrub(text))
+        self.add(name, scrub::scrub(text).as_bytes())
     }
 
-    fn add(&mut self, name: &str, text: &str) -> io::Result<()> {
-        if !self.archive.add(name, text.as_bytes())? {
+    fn add(&mut self, name: &str, content: &[u8]) -> io::Result<()> {
+        if !self.archive.add(name, content)? {
             self.large_enough(name);
         }
         Ok(())
