@@ -51,6 +51,11 @@ impl Failure {
         Self::new(Exit::Failed, text)
     }
 
+    /// The cause alone, in one line.
+    pub(crate) fn cause(&self) -> &str {
+        self.text.lines().next().unwrap_or_default()
+    }
+
     /// Shows it and gives the process's exit code.
     pub(crate) fn report(&self) -> ExitCode {
         talk(format_args!("error: {}", self.text));

@@ -96,7 +96,7 @@ fn report_within(client: &mut LocalClient, run: &RunDir, limit: Duration) -> Res
 
 /// Another node's part of a report; in one line why there is none.
 pub(crate) fn ask_report(run: &RunDir, node: NodeId, limit: Duration) -> Result<ReportPart, String> {
-    let first = |failure: Failure| failure.text.lines().next().unwrap_or_default().to_owned();
+    let first = |failure: Failure| failure.cause().to_owned();
     let mut client = connect(run).map_err(first)?;
     let end = Instant::now() + limit;
     let tick = Some(Duration::from_millis(100));

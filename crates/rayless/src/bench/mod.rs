@@ -115,7 +115,7 @@ fn drive(mut control: Control, options: &LinkOptions) -> Result<(), Failure> {
             // Found by itself, it is only left out; asked for by name, it is an error.
             Err(failure) if options.transports.is_empty() => {
                 let theirs = open::give_up(&mut control)?;
-                let reason = theirs.unwrap_or_else(|| failure.text.lines().next().unwrap_or_default().to_owned());
+                let reason = theirs.unwrap_or_else(|| failure.cause().to_owned());
                 talk(format_args!("{level}: left out: {reason}"));
                 results.push(report::Measured { level, device: None, mode: None, points: Err(reason) });
                 continue;

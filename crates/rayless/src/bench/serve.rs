@@ -51,14 +51,14 @@ pub(super) fn listen(address: SocketAddr, identity: &TlsIdentity, rdma_address: 
         let mut control = match Control::answer(stream, from, identity) {
             Ok(control) => control,
             Err(failure) => {
-                talk(format_args!("{from}: {}", failure.text.lines().next().unwrap_or_default()));
+                talk(format_args!("{from}: {}", failure.cause()));
                 continue;
             }
         };
         talk(format_args!("measuring with {from}"));
         match serve(&mut control, &listener, rdma_address) {
             Ok(()) => talk(format_args!("done with {from}")),
-            Err(failure) => talk(format_args!("{from}: {}", failure.text.lines().next().unwrap_or_default())),
+            Err(failure) => talk(format_args!("{from}: {}", failure.cause())),
         }
     }
 }

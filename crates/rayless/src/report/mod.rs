@@ -139,7 +139,7 @@ impl Report {
                 Ok(Some(report))
             }
             Err(failure) => {
-                let cause = failure.text.lines().next().unwrap_or_default().to_owned();
+                let cause = failure.cause().to_owned();
                 self.missing.push(format!("status, events and the other nodes: {cause}"));
                 Ok(None)
             }
@@ -151,7 +151,7 @@ impl Report {
         match status::own_node(run) {
             Ok(own) => nodes::gather(self, run, status, own),
             Err(failure) => {
-                let cause = failure.text.lines().next().unwrap_or_default().to_owned();
+                let cause = failure.cause().to_owned();
                 self.missing.push(format!("the other nodes: {cause}"));
                 Ok(())
             }
