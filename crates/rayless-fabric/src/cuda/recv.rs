@@ -83,12 +83,7 @@ impl CudaReceiver {
         };
         let device = Arc::clone(&lane.ring.device);
         let reject = |reason: String| RecvError::from(Rejected { link, kind: RejectedKind::Device, reason });
-        if let Some((address, _)) = buffers.iter().find(|(address, bytes)| *bytes > 0 && !device.owns(*address)) {
-            return Err(reject(format!("the buffer at {address:#x} is not in memory of CUDA device {ordinal}")));
-        }
-        if device.is_capturing(stream).map_err(|error| reject(error.to_string()))? {
-            return Err(reject("the stream is being captured into a graph".to_owned()));
-        }
+        can_fill(&device, buffers, stream).map_err(reject)?;
         let first = lane.next;
         lane.next = first.wrapping_add(lane.ring.chunks(total));
         self.ahead.push_back(buffers.iter().map(|(_, bytes)| *bytes).collect());
@@ -153,13 +148,7 @@ impl CudaReceiver {
             let reason = format!("buffers of {:?} bytes", buffers.iter().map(|(_, bytes)| bytes).collect::<Vec<_>>());
             return Err(reject(RejectedKind::Mismatch, format!("{reason} for a message of {tensors:?}")));
         }
-        if let Some((address, _)) = buffers.iter().find(|(address, bytes)| *bytes > 0 && !device.owns(*address)) {
-            let reason = format!("the buffer at {address:#x} is not in memory of CUDA device {ordinal}");
-            return Err(reject(RejectedKind::Device, reason));
-        }
-        if device.is_capturing(stream).map_err(refused)? {
-            return Err(reject(RejectedKind::Device, "the stream is being captured into a graph".to_owned()));
-        }
+        can_fill(&device, buffers, stream).map_err(|reason| reject(RejectedKind::Device, reason))?;
         self.decide(queue, &device);
         let operations = self.options.stream_operations && device.has_stream_operations();
         self.report.host_waits = !operations;
@@ -239,6 +228,17 @@ impl CudaReceiver {
             }
         };
     }
+}
+
+/// Whether a stream of the device can put something into these buffers; if not, why.
+fn can_fill(device: &Device, buffers: &[(u64, u64)], stream: Stream) -> Result<(), String> {
+    if let Some((address, _)) = buffers.iter().find(|(address, bytes)| *bytes > 0 && !device.owns(*address)) {
+        return Err(format!("the buffer at {address:#x} is not in memory of CUDA device {}", device.ordinal()));
+    }
+    if device.is_capturing(stream).map_err(|error| error.to_string())? {
+        return Err("the stream is being captured into a graph".to_owned());
+    }
+    Ok(())
 }
 
 /// The staging memory for a device.
