@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
 
+from cell import CellBase
 from engine_faults import ENGINE_FAULTS, EngineFault
 from engine_stage import BEFORE_READY, Asker, EngineStage, Health
 from stage import HANG, Hang
@@ -18,11 +19,11 @@ ANSWER = 240.0
 
 
 @dataclass
-class EngineCell:
+class EngineCell(CellBase):
     """What was seen in a cell. Times in milliseconds, one per repeat."""
 
-    fault: str
-    moment: str
+    EACH: ClassVar[tuple[str, ...]] = ("codes", "problems")
+
     #: How often it was played.
     played: int = 0
     #: From the fault until the client's pending request failed.
@@ -50,21 +51,6 @@ class EngineCell:
     codes: list[int] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        return f"{self.fault}-{self.moment}"
-
-    def add(self, other: EngineCell) -> None:
-        """What was seen in other repeats of the same cell."""
-        for each in fields(self):
-            mine, theirs = getattr(self, each.name), getattr(other, each.name)
-            if isinstance(mine, int):
-                setattr(self, each.name, mine + theirs)
-            elif each.name.endswith("_ms") or each.name in ("codes", "problems"):
-                mine += theirs
-            elif isinstance(mine, list):
-                mine += [one for one in theirs if one not in mine]
 
 
 def _add(where: list[str], what: str) -> None:

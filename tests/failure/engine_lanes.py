@@ -4,9 +4,7 @@ left there is left by its own engine."""
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import multiprocessing
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +13,7 @@ from pathlib import Path
 
 from engine_cells import EngineCell, play
 from engine_faults import BY_NAME, EngineFault
-from engine_stage import BEFORE_READY, EngineStage
+from engine_stage import BEFORE_READY, EngineStage, own_shared_memory
 from stage import saturation
 
 #: What a start is taken to last until one was seen, and what the rest of a cell takes beside the fault's own time; in seconds.
@@ -170,7 +168,7 @@ class Lanes:
 
 def _lane(pipe: Connection, number: int, logs: Path) -> None:
     """A lane: plays what it is told until the pipe closes."""
-    _own_shared_memory()
+    own_shared_memory()
     stage: EngineStage | None = None
     known_starts = 0
     try:
@@ -200,13 +198,3 @@ def _lane(pipe: Connection, number: int, logs: Path) -> None:
     finally:
         if stage:
             stage.close()
-
-
-def _own_shared_memory() -> None:
-    """Gives this process and its children a /dev/shm and mounts of their own (`os.unshare` came with Python 3.12)."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    clone_newns = 0x20000
-    if libc.unshare(clone_newns) != 0:
-        raise OSError(ctypes.get_errno(), "cannot leave the mount namespace")
-    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=1777", "rayless-test", "/dev/shm"], check=True)

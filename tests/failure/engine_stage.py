@@ -4,6 +4,7 @@ health: where the engine cells of the failure matrix play. With vLLM's build for
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.metadata
 import os
 import re
@@ -78,6 +79,16 @@ def gpu_memory() -> dict[int, int]:
         return found
     finally:
         pynvml.nvmlShutdown()
+
+
+def own_shared_memory() -> None:
+    """Gives this process and its children a /dev/shm of their own: what is left there is then ours, whatever else runs on the machine."""
+    clone_newns = 0x00020000  # `os.unshare` came with Python 3.12
+    if ctypes.CDLL(None, use_errno=True).unshare(clone_newns) != 0:
+        raise OSError(ctypes.get_errno(), "cannot have a mount namespace of our own")
+    # What others mount (network namespaces) still comes in, what we mount does not go out.
+    subprocess.run(["mount", "--make-rslave", "/"], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=1777", "rayless-test", "/dev/shm"], check=True)
 
 
 #: A start of vLLM on a machine with other work.

@@ -15,9 +15,10 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from cell import CellBase
 from faults import FAULTS, Fault
 from stage import HANG, Hang, Stage
 
@@ -27,11 +28,9 @@ AROUND = ("loss", "delay", "flap", "busy", "disk")
 
 
 @dataclass
-class Cell:
+class Cell(CellBase):
     """What was seen in a cell. Times in milliseconds, one per repeat."""
 
-    fault: str
-    moment: str
     #: From the fault until the driver's call, callback or start had the cause.
     told_ms: list[float] = field(default_factory=list)
     #: From the fault until the last process of the group was gone.
@@ -53,21 +52,6 @@ class Cell:
     left: list[str] = field(default_factory=list)
     #: Everything that was not as it must be.
     problems: list[str] = field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        return f"{self.fault}-{self.moment}"
-
-    def add(self, other: Cell) -> None:
-        """What was seen in other repeats of the same cell."""
-        for each in fields(self):
-            mine, theirs = getattr(self, each.name), getattr(other, each.name)
-            if isinstance(mine, int):
-                setattr(self, each.name, mine + theirs)
-            elif each.name.endswith("_ms"):
-                mine += theirs
-            elif isinstance(mine, list):
-                mine += [one for one in theirs if one not in mine]
 
     def told(self, event: dict[str, object], since: float) -> None:
         """The driver was told of the end of its group."""

@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -28,7 +26,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import soak_page
-from engine_stage import EngineStage
+from engine_stage import EngineStage, own_shared_memory
 from ground_faults import clear, to_daemon, wire
 from soak_page import Size
 from stage import HANG, Hang
@@ -270,16 +268,6 @@ class Soak:
                 turn.failed[words] = turn.failed.get(words, 0) + count
         if turn.lost:
             turn.problems.append(f"{turn.lost} requests were neither answered nor refused")
-
-
-def own_shared_memory() -> None:
-    """Gives this process and its children a /dev/shm of their own: what is left there is then ours, whatever else runs on the machine."""
-    clone_newns = 0x00020000
-    if ctypes.CDLL(None, use_errno=True).unshare(clone_newns) != 0:
-        raise OSError(ctypes.get_errno(), "cannot have a mount namespace of our own")
-    # What others mount (network namespaces) still comes in, what we mount does not go out.
-    subprocess.run(["mount", "--make-rslave", "/"], check=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=1777", "rayless-test", "/dev/shm"], check=True)
 
 
 def main() -> int:
