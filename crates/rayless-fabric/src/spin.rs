@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 /// A yield among a group's own workers comes back within this; a longer one went to somebody else.
 const LATE: Duration = Duration::from_micros(60);
-/// How long not to spin after a late yield: the first time unless said otherwise, and at most.
+/// How long not to spin after a late yield: the first time, and at most.
 const PAUSE: Duration = Duration::from_millis(10);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// A late yield within so many pauses after the last one makes the next pause twice as long. It costs a few milliseconds:
@@ -28,8 +28,6 @@ const IN_VAIN: u32 = 2;
 #[derive(Debug)]
 pub struct Spin {
     limit: Duration,
-    /// The first pause.
-    shortest: Duration,
     /// When the wait in progress was done with looking.
     looked_until: Option<Instant>,
     /// Waits in a row that ended at once after looking in vain, and whether the last one did.
@@ -42,12 +40,7 @@ pub struct Spin {
 impl Spin {
     /// Looks for `limit` at most; zero: sleeps at once.
     pub const fn new(limit: Duration) -> Self {
-        Self::with_pause(limit, PAUSE)
-    }
-
-    /// As [`Spin::new`], with a first pause of one's own choice (10 ms otherwise).
-    pub const fn with_pause(limit: Duration, shortest: Duration) -> Self {
-        Self { limit, shortest, looked_until: None, in_vain: 0, was_in_vain: false, paused: None }
+        Self { limit, looked_until: None, in_vain: 0, was_in_vain: false, paused: None }
     }
 
     /// Until when a wait that begins now may look; `None`: it sleeps at once.
@@ -108,7 +101,7 @@ impl Spin {
     fn pause(&mut self, now: Instant) {
         let length = match self.paused {
             Some((end, last)) if now < end + SOON * last => (2 * last).min(LONGEST_PAUSE),
-            _ => self.shortest,
+            _ => PAUSE,
         };
         self.paused = Some((now + length, length));
     }

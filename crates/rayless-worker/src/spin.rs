@@ -8,15 +8,12 @@ use std::time::Duration;
 
 /// How long to look at most; `RAYLESS_SPIN_US` overrides it and the rule about cores, 0 is never.
 const DEFAULT: Duration = Duration::from_micros(100);
-/// How long not to look after the core was given to somebody who kept it: a call passes through several processes of a host, and where
-/// one of them has no core of its own, each look of another is in its way.
-const PAUSE: Duration = Duration::from_secs(1);
 /// No useful spin is longer.
 const LONGEST: Duration = Duration::from_millis(10);
 
 /// For one of `processes` of this group and host that may look at the same time.
 pub(crate) fn among(processes: usize) -> Spin {
-    Spin::with_pause(limit(processes), PAUSE)
+    Spin::new(limit(processes))
 }
 
 /// The same as a time.
