@@ -184,7 +184,7 @@ impl Core {
             self.after_keeper(group, keeper.held, cause, keeper.used);
         } else {
             // Killed: nobody has looked after what its workers had started.
-            keepers::sweep(group, keeper.held.pids.clone(), keeper.used, self.events.clone());
+            keepers::sweep(group, self.info.id, keeper.held.pids.clone(), keeper.used, self.events.clone());
             self.sweeping += 1;
             self.ending.insert(group, (keeper.held, cause));
         }

@@ -249,7 +249,7 @@ pub(crate) fn start(exe: PathBuf, config: KeeperConfig, measured: Vec<u32>, run:
 }
 
 /// The keepers that an earlier daemon left, with what they hold. Sockets behind which nobody listens are removed.
-pub(crate) async fn find(run: &RunDir, events: &Events) -> BTreeMap<GroupId, Keeper> {
+pub(crate) async fn find(run: &RunDir, node: NodeId, events: &Events) -> BTreeMap<GroupId, Keeper> {
     let mut found = BTreeMap::new();
     for group in run.groups_with_keeper() {
         match keeper::adopt(&run.keeper_socket(group)).await {
@@ -262,18 +262,18 @@ pub(crate) async fn find(run: &RunDir, events: &Events) -> BTreeMap<GroupId, Kee
             Err(error) => {
                 tracing::info!(%group, %error, "a keeper of an earlier daemon is gone");
                 forget(run, group);
-                sweep(group, Vec::new(), Used::new(), events.clone());
+                sweep(group, node, Vec::new(), Used::new(), events.clone());
             }
         }
     }
     found
 }
 
-/// Ends what the workers of a killed keeper had started: [`Event::Swept`] tells when it is gone.
-pub(crate) fn sweep(group: GroupId, workers: Vec<u32>, used: Used, events: Events) {
+/// Ends what the workers of a killed keeper of this node had started: [`Event::Swept`] tells when it is gone.
+pub(crate) fn sweep(group: GroupId, node: NodeId, workers: Vec<u32>, used: Used, events: Events) {
     tokio::spawn(async move {
         let workers: Vec<u32> = workers.into_iter().filter(|pid| *pid != 0).collect();
-        let found = keeper::clear_orphans(group, &workers, Instant::now() + REAP_TIMEOUT).await;
+        let found = keeper::clear_orphans(group, node, &workers, Instant::now() + REAP_TIMEOUT).await;
         if found > 0 {
             tracing::warn!(%group, found, "ended what the workers of a killed keeper had started");
         }

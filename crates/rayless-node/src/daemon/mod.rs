@@ -229,7 +229,7 @@ async fn start(config: DaemonConfig, lock: RunDirLock, talk: &mut dyn FnMut(Talk
     };
     tokio::spawn(take_sessions(Front::open(listener, counters.clone()), events.clone()));
     take_signals(&events)?;
-    let keepers = keepers::find(&config.run_dir, &events).await;
+    let keepers = keepers::find(&config.run_dir, info.id, &events).await;
     if !keepers.is_empty() {
         talk(Talk::Line(format!("found {} running groups of an earlier daemon", keepers.len())));
     }

@@ -4,7 +4,7 @@
 //! session is its too. They get a moment to end by themselves (Python's resource tracker removes shared-memory files when its pipe
 //! closes), then they are killed.
 
-use rayless_proto::ids::GroupId;
+use rayless_proto::ids::{GroupId, NodeId};
 use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, getpid, pidfd_open, pidfd_send_signal, waitpid};
 use std::{
     collections::BTreeSet,
@@ -38,16 +38,18 @@ pub(super) async fn clear_leftovers(workers: &[u32], deadline: Instant) -> bool 
 }
 
 /// Ends what a keeper left that was killed itself: its workers died with it (PDEATHSIG), but not what they had started. Each of those has the
-/// group in the environment that it was started with, or is of a worker's session. Returns how many there were; all are gone when it
-/// returns, or `deadline` has passed.
-pub async fn clear_orphans(group: GroupId, workers: &[u32], deadline: Instant) -> usize {
+/// group and the node in the environment that it was started with, or is of a worker's session. Two nodes may share a process table (two run
+/// dirs of one host): the other node's part of the group is not ours to end. Returns how many there were; all are gone when it returns, or
+/// `deadline` has passed.
+pub async fn clear_orphans(group: GroupId, node: NodeId, workers: &[u32], deadline: Instant) -> usize {
+    let part = [format!("RAYLESS_GROUP={group}"), format!("RAYLESS_NODE_ID={node}")];
     let mut seen = BTreeSet::new();
     let mut pause = Duration::from_millis(5);
     loop {
         let ours = |process: &Process| {
             process.state != 'Z'
                 && process.pid != own_pid()
-                && (workers.contains(&process.session) || is_of_group(process.pid, group))
+                && (workers.contains(&process.session) || was_started_with(process.pid, &part))
         };
         let left: Vec<u32> = processes().filter(ours).map(|process| process.pid).collect();
         if left.is_empty() || Instant::now() >= deadline {
@@ -62,9 +64,14 @@ pub async fn clear_orphans(group: GroupId, workers: &[u32], deadline: Instant) -
 
 /// Whether a process has the group in the environment that it was started with; `false` for other users' processes.
 pub fn is_of_group(pid: u32, group: GroupId) -> bool {
-    let marker = format!("RAYLESS_GROUP={group}").into_bytes();
+    was_started_with(pid, &[format!("RAYLESS_GROUP={group}")])
+}
+
+/// Whether all of `entries` (`NAME=value`) are in the environment that a process was started with.
+fn was_started_with(pid: u32, entries: &[String]) -> bool {
     let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-    environment.split(|byte| *byte == 0).any(|part| part == marker)
+    let has = |entry: &String| environment.split(|byte| *byte == 0).any(|part| part == entry.as_bytes());
+    entries.iter().all(has)
 }
 
 /// Reaps orphans that ended while the group runs, so that a worker that starts many programs does not fill the process table.
@@ -142,5 +149,27 @@ mod tests {
         let process = parse(7, "7 (a) b) S 1) Z 12 34 56 0 -1").unwrap();
         assert_eq!((process.state, process.parent, process.session), ('Z', 12, 56));
         assert!(parse(7, "7 nonsense").is_none());
+    }
+
+    /// Two nodes of one process table hold parts of one group, and the keeper of the first was killed.
+    #[tokio::test]
+    async fn only_the_own_nodes_part_of_a_group_is_swept() {
+        // Unique to this run: another may sweep at the same time.
+        let group = GroupId(u64::from(own_pid()).to_le_bytes());
+        let (ours, theirs) = (NodeId([1; 32]), NodeId([2; 32]));
+        let start = |node: NodeId| {
+            let mut command = std::process::Command::new("sleep");
+            command.arg("1000").env("RAYLESS_GROUP", group.to_string()).env("RAYLESS_NODE_ID", node.to_string());
+            command.spawn().unwrap()
+        };
+        let (mut orphan, mut stranger) = (start(ours), start(theirs));
+        let found = clear_orphans(group, ours, &[], Instant::now() + Duration::from_secs(10)).await;
+        let stranger_lives = stranger.try_wait().unwrap().is_none();
+        for child in [&mut orphan, &mut stranger] {
+            child.kill().unwrap();
+            child.wait().unwrap();
+        }
+        assert_eq!(found, 1);
+        assert!(stranger_lives);
     }
 }
