@@ -3,7 +3,7 @@
 use crate::{
     error::TransportError,
     scatter::ScatterMut,
-    transport::{Counters, Inbound, Level},
+    transport::{Counters, End, Inbound, Level},
     wait::Wake,
 };
 use std::{sync::Arc, time::Duration};
@@ -32,14 +32,26 @@ impl Canned {
     }
 }
 
-impl Inbound for Canned {
+impl End for Canned {
     fn level(&self) -> Level {
         Level::Tcp
     }
+
+    fn waker(&self) -> Arc<dyn Wake> {
+        Arc::new(Nobody)
+    }
+
+    fn counters(&self) -> Counters {
+        Counters::default()
+    }
+}
+
+impl Inbound for Canned {
     fn read_head(&mut self, head: &mut [u8], filled: &mut usize) -> Result<bool, TransportError> {
         *filled += self.take(&mut head[*filled..]);
         Ok(*filled == head.len())
     }
+
     fn read_body(&mut self, body: &mut ScatterMut<'_, '_>, filled: &mut u64) -> Result<bool, TransportError> {
         let (from, len) = (*filled, body.len());
         body.walk(from, len - from, |slice| {
@@ -49,14 +61,10 @@ impl Inbound for Canned {
         });
         Ok(*filled == len)
     }
+
     fn wait(&mut self, _: Duration) -> Result<(), TransportError> {
         Err(TransportError::gone("no more bytes"))
     }
-    fn waker(&self) -> Arc<dyn Wake> {
-        Arc::new(Nobody)
-    }
+
     fn close(&mut self, _: &str) {}
-    fn counters(&self) -> Counters {
-        Counters::default()
-    }
 }

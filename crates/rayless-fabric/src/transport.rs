@@ -83,8 +83,8 @@ unsafe impl Send for SharedPage {}
 // SAFETY: as above.
 unsafe impl Sync for SharedPage {}
 
-/// The sending end of a transport.
-pub trait Outbound: Send {
+/// What both ends of a transport say of themselves.
+pub trait End: Send {
     /// Its level.
     fn level(&self) -> Level;
 
@@ -108,6 +108,15 @@ pub trait Outbound: Send {
         None
     }
 
+    /// Ends a sleep in `wait` from another thread.
+    fn waker(&self) -> Arc<dyn Wake>;
+
+    /// What was counted.
+    fn counters(&self) -> Counters;
+}
+
+/// The sending end of a transport.
+pub trait Outbound: End {
     /// Whether a body of this length is not copied by `write` but lent: from the first `write` with it on, its slices must stay
     /// valid and unchanged until `write` returns true or `close` has returned.
     fn lends(&self, _body: u64) -> bool {
@@ -122,41 +131,12 @@ pub trait Outbound: Send {
     /// An error: the receiver is gone.
     fn wait(&mut self, at_most: Duration) -> Result<(), TransportError>;
 
-    /// Ends a sleep from another thread.
-    fn waker(&self) -> Arc<dyn Wake>;
-
     /// The last call: nothing more will be written. `whole`: the stream ends between two messages.
     fn close(&mut self, whole: bool);
-
-    /// What was counted.
-    fn counters(&self) -> Counters;
 }
 
 /// The receiving end of a transport.
-pub trait Inbound: Send {
-    /// Its level.
-    fn level(&self) -> Level;
-
-    /// The device that it uses, where it uses one of its own.
-    fn device(&self) -> Option<&str> {
-        None
-    }
-
-    /// Descriptors of what joins the two processes: a forked child closes its copies, see `fork`.
-    fn descriptors(&self) -> Vec<RawFd> {
-        Vec::new()
-    }
-
-    /// How it works where it has several ways (`cma`, or `ring` and perhaps why: see `shm`).
-    fn mode(&self) -> Option<&str> {
-        None
-    }
-
-    /// The page for the GPUs, where both ends are on one host.
-    fn shared_page(&self) -> Option<SharedPage> {
-        None
-    }
-
+pub trait Inbound: End {
     /// Fills `head` from `filled` on, as far as bytes have come. True: it is full.
     fn read_head(&mut self, head: &mut [u8], filled: &mut usize) -> Result<bool, TransportError>;
 
@@ -168,12 +148,6 @@ pub trait Inbound: Send {
     /// An error: the sender is gone and all that it wrote has been read.
     fn wait(&mut self, at_most: Duration) -> Result<(), TransportError>;
 
-    /// Ends a sleep from another thread.
-    fn waker(&self) -> Arc<dyn Wake>;
-
     /// The last call; the sender learns `reason` if it is still there.
     fn close(&mut self, reason: &str);
-
-    /// What was counted.
-    fn counters(&self) -> Counters;
 }

@@ -1,18 +1,15 @@
 //! The receiving end over RDMA.
 
-use super::{CREDIT_EVERY, NOTICE, REASON, RETURN, SLOT, SLOTS, cell, outbound::verbs};
+use super::{CREDIT_EVERY, NOTICE, REASON, RETURN, SLOT, SLOTS, cell, sleep, verbs};
 use crate::{
     error::{LostKind, TransportError},
     scatter::ScatterMut,
-    transport::{Counters, Inbound, Level},
+    transport::{Counters, End, Inbound, Level},
     wait::Wake,
-    wake::{EventWake, is_ready, poll_for},
+    wake::EventWake,
 };
 use rayless_verbs::{Completion, Connected, Endpoint, MAX_BATCH, Operation, Range, RegionId, Work};
-use rustix::{
-    event::{PollFd, PollFlags},
-    io::Errno,
-};
+use rustix::io::Errno;
 use std::{
     sync::Arc,
     time::{Duration, Instant},
@@ -184,20 +181,7 @@ impl RdmaInbound {
 
     fn poll(&mut self, at_most: Duration) -> Result<(), TransportError> {
         let Some(endpoint) = &mut self.endpoint else { return Ok(()) };
-        let mut fds = [
-            PollFd::from_borrowed_fd(self.wake.fd(), PollFlags::IN),
-            PollFd::from_borrowed_fd(endpoint.completion_fd(), PollFlags::IN),
-            PollFd::from_borrowed_fd(endpoint.connection_fd(), PollFlags::IN),
-        ];
-        poll_for(&mut fds, at_most)?;
-        let [wake, completion, connection] = fds.map(|fd| is_ready(&fd));
-        if wake {
-            self.wake.drain();
-        }
-        if completion {
-            endpoint.acknowledge();
-        }
-        if connection && endpoint.ended().map_err(verbs)?.is_some() {
+        if sleep(endpoint, &self.wake, at_most)? {
             // Chunks that came before the end are still to be read.
             self.reap()?;
             self.ended.get_or_insert_with(gone);
@@ -237,7 +221,7 @@ fn gone() -> TransportError {
     TransportError::gone("the sender's connection ended without a goodbye")
 }
 
-impl Inbound for RdmaInbound {
+impl End for RdmaInbound {
     fn level(&self) -> Level {
         Level::Rdma
     }
@@ -246,6 +230,23 @@ impl Inbound for RdmaInbound {
         Some(&self.device)
     }
 
+    fn waker(&self) -> Arc<dyn Wake> {
+        Arc::<EventWake>::clone(&self.wake)
+    }
+
+    fn counters(&self) -> Counters {
+        let Some(endpoint) = &self.endpoint else { return self.counters };
+        let posted = endpoint.posted();
+        Counters {
+            work_requests: posted.work_requests,
+            doorbells: posted.doorbells,
+            completions: posted.completions,
+            ..self.counters
+        }
+    }
+}
+
+impl Inbound for RdmaInbound {
     fn read_head(&mut self, head: &mut [u8], filled: &mut usize) -> Result<bool, TransportError> {
         while *filled < head.len() {
             let Some((offset, available)) = self.current()? else { return Ok(false) };
@@ -292,10 +293,6 @@ impl Inbound for RdmaInbound {
         self.poll(at_most)
     }
 
-    fn waker(&self) -> Arc<dyn Wake> {
-        Arc::<EventWake>::clone(&self.wake)
-    }
-
     fn close(&mut self, reason: &str) {
         // A sender that is gone needs no reason.
         let _ = self.last_words(reason);
@@ -304,16 +301,5 @@ impl Inbound for RdmaInbound {
         }
         self.counters = self.counters();
         self.endpoint = None;
-    }
-
-    fn counters(&self) -> Counters {
-        let Some(endpoint) = &self.endpoint else { return self.counters };
-        let posted = endpoint.posted();
-        Counters {
-            work_requests: posted.work_requests,
-            doorbells: posted.doorbells,
-            completions: posted.completions,
-            ..self.counters
-        }
     }
 }

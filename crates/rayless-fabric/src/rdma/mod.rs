@@ -15,19 +15,21 @@ mod outbound;
 use crate::{
     config::LinkConfig,
     dtype::DTypeSet,
-    error::EstablishError,
+    error::{EstablishError, TransportError},
     greeting::{Context, Greeting},
     name::{LinkName, Ticket},
     recv::RecvLink,
     send::SendLink,
     tensor::PeerLimits,
     transport::Level,
+    wake::{EventWake, is_ready, poll_for},
 };
 use rayless_proto::ids::GroupId;
-use rayless_verbs::{Access, Endpoint, MAX_PRIVATE, Range, RegionId, Remote, Request, Sizes, VerbsError};
+use rayless_verbs::{Access, Connected, Endpoint, MAX_PRIVATE, Range, RegionId, Remote, Request, Sizes, VerbsError};
+use rustix::event::{PollFd, PollFlags};
 use std::{
     net::{IpAddr, SocketAddr},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 /// Slots of a link.
@@ -175,6 +177,32 @@ pub(crate) fn accept(context: &Context, config: &LinkConfig, request: Request) -
 /// The `i`th cell of a region of equal cells, with `i` as its id.
 const fn cell(region: RegionId, i: usize, len: usize) -> (Range, u64) {
     (Range { region, offset: i * len, len }, i as u64)
+}
+
+/// Sleeps until a work request has completed, the connection has ended, the waker is called, or `at_most` has passed. True: the
+/// connection has ended, and what came before is still to be reaped.
+fn sleep(endpoint: &mut Endpoint<Connected>, wake: &EventWake, at_most: Duration) -> Result<bool, TransportError> {
+    let mut fds = [
+        PollFd::from_borrowed_fd(wake.fd(), PollFlags::IN),
+        PollFd::from_borrowed_fd(endpoint.completion_fd(), PollFlags::IN),
+        PollFd::from_borrowed_fd(endpoint.connection_fd(), PollFlags::IN),
+    ];
+    poll_for(&mut fds, at_most)?;
+    let [woken, completion, connection] = fds.map(|fd| is_ready(&fd));
+    if woken {
+        wake.drain();
+    }
+    if completion {
+        endpoint.acknowledge();
+    }
+    Ok(connection && endpoint.ended().map_err(verbs)?.is_some())
+}
+
+fn verbs(error: VerbsError) -> TransportError {
+    match error {
+        VerbsError::Call { call, errno } => TransportError::system(call, errno),
+        other => TransportError::system("verbs", other),
+    }
 }
 
 fn failure(context: &Context, error: VerbsError) -> EstablishError {

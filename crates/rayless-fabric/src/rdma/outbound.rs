@@ -1,18 +1,15 @@
 //! The sending end over RDMA.
 
-use super::{CREDIT_EVERY, FLUSH, NOTICE, RETURN, SLOT, SLOTS, cell};
+use super::{CREDIT_EVERY, FLUSH, NOTICE, RETURN, SLOT, SLOTS, cell, sleep, verbs};
 use crate::{
     error::TransportError,
     scatter::Scatter,
-    transport::{Counters, Cursor, Level, Outbound},
+    transport::{Counters, Cursor, End, Level, Outbound},
     wait::Wake,
-    wake::{EventWake, is_ready, poll_for},
+    wake::EventWake,
 };
 use rayless_verbs::{Completion, Connected, Endpoint, MAX_BATCH, Operation, Range, RegionId, Remote, VerbsError, Work};
-use rustix::{
-    event::{PollFd, PollFlags},
-    io::Errno,
-};
+use rustix::io::Errno;
 use std::{
     sync::Arc,
     time::{Duration, Instant},
@@ -160,20 +157,7 @@ impl RdmaOutbound {
 
     fn poll(&mut self, at_most: Duration) -> Result<(), TransportError> {
         let Some(endpoint) = &mut self.endpoint else { return Err(closed()) };
-        let mut fds = [
-            PollFd::from_borrowed_fd(self.wake.fd(), PollFlags::IN),
-            PollFd::from_borrowed_fd(endpoint.completion_fd(), PollFlags::IN),
-            PollFd::from_borrowed_fd(endpoint.connection_fd(), PollFlags::IN),
-        ];
-        poll_for(&mut fds, at_most)?;
-        let [wake, completion, connection] = fds.map(|fd| is_ready(&fd));
-        if wake {
-            self.wake.drain();
-        }
-        if completion {
-            endpoint.acknowledge();
-        }
-        if connection && endpoint.ended().map_err(verbs)?.is_some() {
+        if sleep(endpoint, &self.wake, at_most)? {
             // Last words came before the end.
             self.reap()?;
             return Err(gone());
@@ -220,14 +204,7 @@ fn failed(endpoint: &Endpoint<Connected>, status: i32) -> TransportError {
     }
 }
 
-pub(super) fn verbs(error: VerbsError) -> TransportError {
-    match error {
-        VerbsError::Call { call, errno } => TransportError::system(call, errno),
-        other => TransportError::system("verbs", other),
-    }
-}
-
-impl Outbound for RdmaOutbound {
+impl End for RdmaOutbound {
     fn level(&self) -> Level {
         Level::Rdma
     }
@@ -236,6 +213,23 @@ impl Outbound for RdmaOutbound {
         Some(&self.device)
     }
 
+    fn waker(&self) -> Arc<dyn Wake> {
+        Arc::<EventWake>::clone(&self.wake)
+    }
+
+    fn counters(&self) -> Counters {
+        let Some(endpoint) = &self.endpoint else { return self.counters };
+        let posted = endpoint.posted();
+        Counters {
+            work_requests: posted.work_requests,
+            doorbells: posted.doorbells,
+            completions: posted.completions,
+            ..self.counters
+        }
+    }
+}
+
+impl Outbound for RdmaOutbound {
     fn write(&mut self, head: &[u8], body: &Scatter<'_>, cursor: &mut Cursor) -> Result<bool, TransportError> {
         loop {
             if cursor.head == head.len() && cursor.body == body.len() {
@@ -263,10 +257,6 @@ impl Outbound for RdmaOutbound {
         self.poll(at_most)
     }
 
-    fn waker(&self) -> Arc<dyn Wake> {
-        Arc::<EventWake>::clone(&self.wake)
-    }
-
     fn close(&mut self, whole: bool) {
         if whole {
             // A receiver that is gone, or slow beyond the time, reads the end of the connection instead.
@@ -277,16 +267,5 @@ impl Outbound for RdmaOutbound {
         }
         self.counters = self.counters();
         self.endpoint = None;
-    }
-
-    fn counters(&self) -> Counters {
-        let Some(endpoint) = &self.endpoint else { return self.counters };
-        let posted = endpoint.posted();
-        Counters {
-            work_requests: posted.work_requests,
-            doorbells: posted.doorbells,
-            completions: posted.completions,
-            ..self.counters
-        }
     }
 }

@@ -13,7 +13,7 @@ use super::{
 use crate::{
     error::{LostKind, TransportError},
     scatter::ScatterMut,
-    transport::{Counters, Inbound, Level, SharedPage},
+    transport::{Counters, End, Inbound, Level, SharedPage},
     wait::Wake,
 };
 use rustix::io::Errno;
@@ -171,7 +171,7 @@ impl ShmInbound {
     }
 }
 
-impl Inbound for ShmInbound {
+impl End for ShmInbound {
     fn level(&self) -> Level {
         Level::Shm
     }
@@ -184,6 +184,20 @@ impl Inbound for ShmInbound {
         Some(self.memory.gpu_page())
     }
 
+    fn mode(&self) -> Option<&str> {
+        Some(self.borrower.as_ref().map_or_else(String::as_str, |_| super::CMA))
+    }
+
+    fn waker(&self) -> Arc<dyn Wake> {
+        Arc::<Poke>::clone(&self.poke)
+    }
+
+    fn counters(&self) -> Counters {
+        Counters { sleeps: self.sleeps, ..Counters::default() }
+    }
+}
+
+impl Inbound for ShmInbound {
     fn read_head(&mut self, head: &mut [u8], filled: &mut usize) -> Result<bool, TransportError> {
         let available = self.available((head.len() - *filled) as u64)?;
         if available > 0 {
@@ -196,10 +210,6 @@ impl Inbound for ShmInbound {
             }
         }
         Ok(*filled == head.len())
-    }
-
-    fn mode(&self) -> Option<&str> {
-        Some(self.borrower.as_ref().map_or_else(String::as_str, |_| super::CMA))
     }
 
     fn read_body(&mut self, body: &mut ScatterMut<'_, '_>, filled: &mut u64) -> Result<bool, TransportError> {
@@ -258,17 +268,9 @@ impl Inbound for ShmInbound {
         if moved() { Ok(()) } else { gone }
     }
 
-    fn waker(&self) -> Arc<dyn Wake> {
-        Arc::<Poke>::clone(&self.poke)
-    }
-
     fn close(&mut self, reason: &str) {
         self.memory.set_reason(reason.as_bytes());
         ring(&self.memory.words().room.0);
         self.socket = None;
-    }
-
-    fn counters(&self) -> Counters {
-        Counters { sleeps: self.sleeps, ..Counters::default() }
     }
 }

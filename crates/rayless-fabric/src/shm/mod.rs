@@ -199,7 +199,7 @@ mod tests {
     use crate::{
         error::LostKind,
         scatter::{Scatter, ScatterMut},
-        transport::{Cursor, Inbound, Outbound},
+        transport::{Cursor, End, Inbound, Outbound},
     };
 
     /// No event that could end a sleep is missing: this long is for ever.

@@ -12,7 +12,7 @@ use super::{
 use crate::{
     error::TransportError,
     scatter::Scatter,
-    transport::{Counters, Cursor, Level, Outbound, SharedPage},
+    transport::{Counters, Cursor, End, Level, Outbound, SharedPage},
     wait::Wake,
 };
 use rustix::io::Errno;
@@ -134,7 +134,7 @@ impl ShmOutbound {
     }
 }
 
-impl Outbound for ShmOutbound {
+impl End for ShmOutbound {
     fn level(&self) -> Level {
         Level::Shm
     }
@@ -151,6 +151,16 @@ impl Outbound for ShmOutbound {
         Some(if self.secret.is_some() { super::CMA } else { super::RING_ONLY })
     }
 
+    fn waker(&self) -> Arc<dyn Wake> {
+        Arc::<Poke>::clone(&self.poke)
+    }
+
+    fn counters(&self) -> Counters {
+        Counters { sleeps: self.sleeps, ..Counters::default() }
+    }
+}
+
+impl Outbound for ShmOutbound {
     fn lends(&self, body: u64) -> bool {
         self.secret.is_some() && body > RING as u64
     }
@@ -222,10 +232,6 @@ impl Outbound for ShmOutbound {
         }
     }
 
-    fn waker(&self) -> Arc<dyn Wake> {
-        Arc::<Poke>::clone(&self.poke)
-    }
-
     fn close(&mut self, _whole: bool) {
         let words = self.memory.words();
         if self.loan == Loan::Out {
@@ -236,9 +242,5 @@ impl Outbound for ShmOutbound {
         words.sender_closed.0.store(1, Ordering::Release);
         ring(&words.data.0);
         self.socket = None;
-    }
-
-    fn counters(&self) -> Counters {
-        Counters { sleeps: self.sleeps, ..Counters::default() }
     }
 }

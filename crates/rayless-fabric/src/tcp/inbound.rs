@@ -5,7 +5,7 @@ use crate::{
     error::TransportError,
     greeting::MAX_STREAMS,
     scatter::ScatterMut,
-    transport::{Counters, Inbound, Level},
+    transport::{Counters, End, Inbound, Level},
     wait::Wake,
     wake::{EventWake, is_ready, poll_for},
 };
@@ -140,7 +140,7 @@ fn receive(stream: BorrowedFd<'_>, out: &mut [IoSliceMut<'_>]) -> Result<Option<
     }
 }
 
-impl Inbound for TcpInbound {
+impl End for TcpInbound {
     fn level(&self) -> Level {
         Level::Tcp
     }
@@ -149,6 +149,16 @@ impl Inbound for TcpInbound {
         self.streams.iter().map(AsRawFd::as_raw_fd).collect()
     }
 
+    fn waker(&self) -> Arc<dyn Wake> {
+        Arc::<EventWake>::clone(&self.wake)
+    }
+
+    fn counters(&self) -> Counters {
+        Counters { sleeps: self.sleeps, ..Counters::default() }
+    }
+}
+
+impl Inbound for TcpInbound {
     fn read_head(&mut self, head: &mut [u8], filled: &mut usize) -> Result<bool, TransportError> {
         // Only the first stream brings heads, so only it is waited for.
         self.dry = [false; MAX_STREAMS];
@@ -207,10 +217,6 @@ impl Inbound for TcpInbound {
         Ok(())
     }
 
-    fn waker(&self) -> Arc<dyn Wake> {
-        Arc::<EventWake>::clone(&self.wake)
-    }
-
     fn close(&mut self, reason: &str) {
         if let (Some(stream), false) = (self.streams.first(), reason.is_empty()) {
             let reason = &reason.as_bytes()[..reason.len().min(512)];
@@ -218,10 +224,6 @@ impl Inbound for TcpInbound {
             let _ = rustix::net::send(stream, reason, SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
         }
         self.streams.clear();
-    }
-
-    fn counters(&self) -> Counters {
-        Counters { sleeps: self.sleeps, ..Counters::default() }
     }
 }
 

@@ -5,7 +5,7 @@ use crate::{
     error::TransportError,
     greeting::MAX_STREAMS,
     scatter::Scatter,
-    transport::{Counters, Cursor, Level, Outbound},
+    transport::{Counters, Cursor, End, Level, Outbound},
     wait::Wake,
     wake::{EventWake, is_ready, poll_for},
 };
@@ -105,7 +105,7 @@ impl TcpOutbound {
     }
 }
 
-impl Outbound for TcpOutbound {
+impl End for TcpOutbound {
     fn level(&self) -> Level {
         Level::Tcp
     }
@@ -114,6 +114,16 @@ impl Outbound for TcpOutbound {
         self.streams.iter().map(AsRawFd::as_raw_fd).collect()
     }
 
+    fn waker(&self) -> Arc<dyn Wake> {
+        Arc::<EventWake>::clone(&self.wake)
+    }
+
+    fn counters(&self) -> Counters {
+        Counters { sleeps: self.sleeps, ..Counters::default() }
+    }
+}
+
+impl Outbound for TcpOutbound {
     fn write(&mut self, head: &[u8], body: &Scatter<'_>, cursor: &mut Cursor) -> Result<bool, TransportError> {
         if cursor.body == 0 {
             self.moved = [0; MAX_STREAMS];
@@ -158,16 +168,8 @@ impl Outbound for TcpOutbound {
         Ok(())
     }
 
-    fn waker(&self) -> Arc<dyn Wake> {
-        Arc::<EventWake>::clone(&self.wake)
-    }
-
     fn close(&mut self, _whole: bool) {
         // What was written is still delivered; then the receiver reads the end of the stream.
         self.streams.clear();
-    }
-
-    fn counters(&self) -> Counters {
-        Counters { sleeps: self.sleeps, ..Counters::default() }
     }
 }

@@ -12,7 +12,7 @@ use crate::{
     recv::RecvLink,
     scatter::{Scatter, ScatterMut},
     send::SendLink,
-    transport::{Counters, Cursor, Inbound, Level, Outbound},
+    transport::{Counters, Cursor, End, Inbound, Level, Outbound},
     wait::Wake,
     wake::{EventWake, is_ready, poll_for},
 };
@@ -252,7 +252,7 @@ impl TlsOutbound {
     }
 }
 
-impl Outbound for TlsOutbound {
+impl End for TlsOutbound {
     fn level(&self) -> Level {
         Level::Tcp
     }
@@ -261,6 +261,16 @@ impl Outbound for TlsOutbound {
         self.pipe.iter().map(|pipe| pipe.socket.as_raw_fd()).collect()
     }
 
+    fn waker(&self) -> Arc<dyn Wake> {
+        Arc::<EventWake>::clone(&self.wake)
+    }
+
+    fn counters(&self) -> Counters {
+        Counters { sleeps: self.sleeps, ..Counters::default() }
+    }
+}
+
+impl Outbound for TlsOutbound {
     fn write(&mut self, head: &[u8], body: &Scatter<'_>, cursor: &mut Cursor) -> Result<bool, TransportError> {
         let pipe = self.pipe()?;
         let mut step = || -> Result<bool, Stuck> {
@@ -321,17 +331,9 @@ impl Outbound for TlsOutbound {
         Ok(())
     }
 
-    fn waker(&self) -> Arc<dyn Wake> {
-        Arc::<EventWake>::clone(&self.wake)
-    }
-
     fn close(&mut self, _whole: bool) {
         // What was written is still delivered; then the receiver reads the end of the stream.
         self.pipe = None;
-    }
-
-    fn counters(&self) -> Counters {
-        Counters { sleeps: self.sleeps, ..Counters::default() }
     }
 }
 
@@ -356,7 +358,7 @@ impl TlsInbound {
     }
 }
 
-impl Inbound for TlsInbound {
+impl End for TlsInbound {
     fn level(&self) -> Level {
         Level::Tcp
     }
@@ -365,6 +367,16 @@ impl Inbound for TlsInbound {
         self.pipe.iter().map(|pipe| pipe.socket.as_raw_fd()).collect()
     }
 
+    fn waker(&self) -> Arc<dyn Wake> {
+        Arc::<EventWake>::clone(&self.wake)
+    }
+
+    fn counters(&self) -> Counters {
+        Counters { sleeps: self.sleeps, ..Counters::default() }
+    }
+}
+
+impl Inbound for TlsInbound {
     fn read_head(&mut self, head: &mut [u8], filled: &mut usize) -> Result<bool, TransportError> {
         while *filled < head.len() {
             match self.take(&mut head[*filled..])? {
@@ -413,19 +425,11 @@ impl Inbound for TlsInbound {
         Ok(())
     }
 
-    fn waker(&self) -> Arc<dyn Wake> {
-        Arc::<EventWake>::clone(&self.wake)
-    }
-
     fn close(&mut self, reason: &str) {
         if let (Some(pipe), false) = (&mut self.pipe, reason.is_empty()) {
             // The sender may be gone already.
             let _ = pipe.put(&reason.as_bytes()[..reason.len().min(512)]).and_then(|_| pipe.flush());
         }
         self.pipe = None;
-    }
-
-    fn counters(&self) -> Counters {
-        Counters { sleeps: self.sleeps, ..Counters::default() }
     }
 }
