@@ -55,7 +55,7 @@ def _then(act: Callable[[EngineStage], object]) -> Callable[[EngineStage], float
 #: What nobody notices lasts from before the weights are loaded until the engine answers: a start under it is one cell.
 LASTING = MOMENTS[1:]
 #: How an end by silence reads, from whichever side noticed first.
-SILENT = ("silent", "no sign of life", "nothing heard", "reset by peer", "lost the keeper", "broken pipe")
+SILENT = ("silent", "no sign of life", "nothing heard", "was reset", "lost the keeper", "broken pipe")
 
 ENGINE_FAULTS = [
     EngineFault(

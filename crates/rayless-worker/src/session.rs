@@ -52,7 +52,7 @@ impl SessionError {
         match self {
             Self::Closed => "it ended without a word".to_owned(),
             Self::Io(error) if matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe) => {
-                "it ended without a word (killed, or its host restarted)".to_owned()
+                "the connection was reset (it was killed, its host restarted, or it gave this side up)".to_owned()
             }
             Self::Io(error) if error.kind() == io::ErrorKind::TimedOut => {
                 "what was sent to it was not acknowledged".to_owned()
