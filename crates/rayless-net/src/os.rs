@@ -74,6 +74,20 @@ pub(crate) fn keep_datagrams_apart(socket: &UdpSocket) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Pieces of memory from this size on are mappings of their own. It is where glibc begins, too.
+#[cfg(target_env = "gnu")]
+const LARGE: libc::c_int = 128 << 10;
+
+/// Has the allocator give every large piece of memory back to the kernel as soon as it is free. Left to itself it keeps all those that are
+/// not larger than the largest that it has seen come back.
+pub(crate) fn give_large_memory_back() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: changes where later allocations come from; allocator and call are safe in any thread.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, LARGE);
+    }
+}
+
 /// Gives the calling thread the lowest real-time priority: ahead of every ordinary process, behind every other
 /// real-time one. Its children are ordinary again.
 pub(crate) fn run_in_real_time() -> io::Result<()> {

@@ -110,6 +110,33 @@ fn is_stray(datagram: &[u8]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::{future::poll_fn, net::Ipv4Addr};
+
+    fn socket() -> CountedSocket {
+        let socket = std::net::UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        CountedSocket::new(socket, Arc::default()).unwrap()
+    }
+
+    #[tokio::test]
+    async fn datagrams_that_were_sent_together_come_one_by_one_so_that_little_room_is_enough() {
+        let (from, to) = (Arc::new(socket()), socket());
+        assert_eq!(to.max_receive_segments(), 1);
+        let bytes: Vec<u8> = (0..250).collect();
+        let destination = to.local_addr().unwrap();
+        let mut writable = from.clone().create_io_poller();
+        poll_fn(|context| writable.as_mut().poll_writable(context)).await.unwrap();
+        let together = Transmit { destination, ecn: None, contents: &bytes, segment_size: Some(100), src_ip: None };
+        from.try_send(&together).unwrap();
+        let mut came: Vec<Vec<u8>> = Vec::new();
+        while came.concat().len() < bytes.len() {
+            let (mut rooms, mut metas) = ([[0; 1472]; 4], [RecvMeta::default(); 4]);
+            let mut buffers = rooms.each_mut().map(|room| IoSliceMut::new(room));
+            let count = poll_fn(|context| to.poll_recv(context, &mut buffers, &mut metas)).await.unwrap();
+            came.extend(rooms.iter().zip(&metas).take(count).map(|(room, meta)| room[..meta.len].to_vec()));
+        }
+        assert_eq!(came, [&bytes[..100], &bytes[100..200], &bytes[200..]]);
+        assert_eq!(to.received(), 3);
+    }
 
     #[test]
     fn what_cannot_be_ours_is_told_from_what_can() {

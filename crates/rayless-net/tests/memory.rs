@@ -1,18 +1,19 @@
-//! What a node holds while nobody answers it. A binary of its own: the figure is that of the process.
+//! What a daemon's network holds of its memory. A binary of its own: the figure is that of the process.
 
 use rayless_net::{
-    counters::Counters,
-    heartbeat::{NetConfig, NetThread, Sign, Watch},
+    heartbeat::{NetConfig, NetEvent, NetThread, Sign, Watch},
     identity::{ClusterIdentity, NodeKey},
     token::Token,
 };
+use rayless_proto::limits::MAX_CONTROL_MESSAGE;
 use std::{
     collections::HashSet,
     fs,
-    net::{Ipv4Addr, UdpSocket},
-    sync::Arc,
+    net::{Ipv4Addr, SocketAddr, UdpSocket},
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
+use tokio::sync::mpsc;
 
 struct Deaf;
 
@@ -58,14 +59,21 @@ fn own_memory() -> u64 {
     line.trim().trim_end_matches(" kB").parse().unwrap()
 }
 
+/// Both ask for the memory of the process: one after the other.
+static ALONE: Mutex<()> = Mutex::new(());
+
+fn start(token: &Token, listen: Option<SocketAddr>) -> (NetThread, mpsc::Receiver<NetEvent>) {
+    let identity = ClusterIdentity::from_token(token, &NodeKey::generate().unwrap()).unwrap();
+    NetThread::start(NetConfig { identity, counters: Arc::default(), listen, watch: Box::new(Deaf) }).unwrap()
+}
+
 #[test]
 fn dials_that_nobody_answers_hold_little_memory() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let address = socket.local_addr().unwrap();
     let mut head = Silent { socket, calls: HashSet::new() };
-    let identity = ClusterIdentity::from_token(&Token::generate().unwrap(), &NodeKey::generate().unwrap()).unwrap();
-    let config = NetConfig { identity, counters: Arc::new(Counters::default()), listen: None, watch: Box::new(Deaf) };
-    let (net, _events) = NetThread::start(config).unwrap();
+    let (net, _events) = start(&Token::generate().unwrap(), None);
     let mut dial = |times: u32| {
         for _ in 0..times {
             // It takes the place of the one before, whose socket stays until QUIC has given its connection up.
@@ -75,13 +83,39 @@ fn dials_that_nobody_answers_hold_little_memory() {
     };
     dial(1);
     let (one, before) = (sockets(), own_memory());
-    // The allocator keeps large pieces once it has seen some come back, and writes to those that it gives out again.
+    // Whatever an allocator keeps of the first round it writes to in a later one.
     for _ in 0..3 {
         dial(10);
         while sockets() > one {
             std::thread::sleep(Duration::from_millis(2));
         }
     }
-    let grown = own_memory() - before;
+    let grown = own_memory().saturating_sub(before);
     assert!(grown < 4 << 10, "{grown} KiB for 10 dials at a time");
+}
+
+#[test]
+fn the_longest_messages_leave_nothing_behind() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let token = Token::generate().unwrap();
+    let (head, mut heard) = start(&token, Some(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))));
+    let (node, mut events) = start(&token, None);
+    let address = head.local_address().unwrap();
+    node.dial(address, address.ip());
+    let Some(NetEvent::Opened(session)) = events.blocking_recv() else { panic!("no session") };
+    let Some(NetEvent::Opened(_)) = heard.blocking_recv() else { panic!("no session") };
+    let mut say = |length: usize| {
+        session.send(vec![7; length]).unwrap();
+        let Some(NetEvent::Message { message, .. }) = heard.blocking_recv() else { panic!("no message") };
+        assert_eq!(message.len(), length);
+    };
+    say(1);
+    let before = own_memory();
+    for _ in 0..2 {
+        say(MAX_CONTROL_MESSAGE);
+    }
+    // After the last of them, so that nothing of it is on its way any more.
+    say(1);
+    let grown = own_memory().saturating_sub(before);
+    assert!(grown < 3 << 10, "{grown} KiB after messages of {} KiB", MAX_CONTROL_MESSAGE >> 10);
 }
