@@ -1,11 +1,11 @@
 //! The system calls that have no safe wrapper in the crates used here. All unsafe code of this crate is in this file.
 #![allow(unsafe_code)]
 
-use rustix::fd::OwnedFd;
+use rustix::fd::{AsRawFd as _, OwnedFd};
 use std::{
     ffi::CStr,
     io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket},
 };
 use tokio::io::unix::AsyncFd;
 
@@ -62,6 +62,30 @@ pub(crate) fn addresses() -> io::Result<Vec<RawAddress>> {
 pub(crate) fn register_timer(timer: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: an OwnedFd gives the same open descriptor for as long as it lives, and it lives in the AsyncFd.
     unsafe { AsyncFd::register(timer) }.map_err(io::Error::from)
+}
+
+/// Has the kernel hand out every datagram by itself, and not several of one sender put together.
+pub(crate) fn keep_datagrams_apart(socket: &UdpSocket) -> io::Result<()> {
+    let off: libc::c_int = 0;
+    let length = size_of_val(&off) as libc::socklen_t;
+    // SAFETY: the descriptor is open for as long as `socket` is borrowed; `length` bytes at `off` are read during the call only.
+    let result =
+        unsafe { libc::setsockopt(socket.as_raw_fd(), libc::SOL_UDP, libc::UDP_GRO, (&raw const off).cast(), length) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Pieces of memory from this size on are mappings of their own. It is where glibc begins, too.
+#[cfg(target_env = "gnu")]
+const LARGE: libc::c_int = 128 << 10;
+
+/// Has the allocator give every large piece of memory back to the kernel as soon as it is free. Left to itself it keeps all those that are
+/// not larger than the largest that it has seen come back.
+pub(crate) fn give_large_memory_back() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: changes where later allocations come from; allocator and call are safe in any thread.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, LARGE);
+    }
 }
 
 /// Gives the calling thread the lowest real-time priority: ahead of every ordinary process, behind every other

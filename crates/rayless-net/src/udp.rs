@@ -1,6 +1,10 @@
-//! The UDP socket under an endpoint: bound with a message fit for people, and what arrives on it is counted.
+//! The UDP socket under an endpoint: what arrives on it is counted, one datagram at a time.
+//!
+//! Quinn asks the kernel to put up to 64 datagrams of a sender together (UDP_GRO), and takes the room for 32 times as many per
+//! socket: 3 MB. That pays for downloads. Here nothing is fast but handshakes, and each dial has a socket of its own; while a wire is
+//! cut there are several at a time. So the kernel is told not to, and the room is 47 KB.
 
-use crate::{counters::Counters, runtime::QuietRuntime};
+use crate::{counters::Counters, os, runtime::QuietRuntime};
 use quinn::{
     AsyncUdpSocket, Runtime, UdpPoller,
     udp::{RecvMeta, Transmit},
@@ -25,11 +29,18 @@ pub(crate) struct CountedSocket {
     inner: Arc<dyn AsyncUdpSocket>,
     counters: Arc<Counters>,
     received: AtomicU64,
+    /// How many datagrams the kernel may put together.
+    together: usize,
 }
 
 impl CountedSocket {
     pub(crate) fn new(socket: std::net::UdpSocket, counters: Arc<Counters>) -> io::Result<Self> {
-        Ok(Self { inner: QuietRuntime.wrap_udp_socket(socket)?, counters, received: AtomicU64::new(0) })
+        // For the option, which is set after quinn's: the open socket is the same.
+        let same = socket.try_clone()?;
+        let inner = QuietRuntime.wrap_udp_socket(socket)?;
+        // A kernel that does not know the option keeps datagrams apart, and quinn knows that.
+        let together = os::keep_datagrams_apart(&same).map_or_else(|_| inner.max_receive_segments(), |()| 1);
+        Ok(Self { inner, counters, received: AtomicU64::new(0), together })
     }
 
     /// How many datagrams came in here.
@@ -76,7 +87,7 @@ impl AsyncUdpSocket for CountedSocket {
     }
 
     fn max_receive_segments(&self) -> usize {
-        self.inner.max_receive_segments()
+        self.together
     }
 
     fn may_fragment(&self) -> bool {
@@ -99,6 +110,33 @@ fn is_stray(datagram: &[u8]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::{future::poll_fn, net::Ipv4Addr};
+
+    fn socket() -> CountedSocket {
+        let socket = std::net::UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        CountedSocket::new(socket, Arc::default()).unwrap()
+    }
+
+    #[tokio::test]
+    async fn datagrams_that_were_sent_together_come_one_by_one_so_that_little_room_is_enough() {
+        let (from, to) = (Arc::new(socket()), socket());
+        assert_eq!(to.max_receive_segments(), 1);
+        let bytes: Vec<u8> = (0..250).collect();
+        let destination = to.local_addr().unwrap();
+        let mut writable = from.clone().create_io_poller();
+        poll_fn(|context| writable.as_mut().poll_writable(context)).await.unwrap();
+        let together = Transmit { destination, ecn: None, contents: &bytes, segment_size: Some(100), src_ip: None };
+        from.try_send(&together).unwrap();
+        let mut came: Vec<Vec<u8>> = Vec::new();
+        while came.concat().len() < bytes.len() {
+            let (mut rooms, mut metas) = ([[0; 1472]; 4], [RecvMeta::default(); 4]);
+            let mut buffers = rooms.each_mut().map(|room| IoSliceMut::new(room));
+            let count = poll_fn(|context| to.poll_recv(context, &mut buffers, &mut metas)).await.unwrap();
+            came.extend(rooms.iter().zip(&metas).take(count).map(|(room, meta)| room[..meta.len].to_vec()));
+        }
+        assert_eq!(came, [&bytes[..100], &bytes[100..200], &bytes[200..]]);
+        assert_eq!(to.received(), 3);
+    }
 
     #[test]
     fn what_cannot_be_ours_is_told_from_what_can() {

@@ -18,6 +18,8 @@ pub struct Privileges {
 
 /// Asks for both. Memory is locked for the whole process (only what it touches), priority is the calling thread's.
 pub(super) fn acquire() -> Privileges {
+    // Locked memory can be unmapped, but not emptied (MADV_DONTNEED), which is how a thread's heap shrinks: it never would.
+    os::give_large_memory_back();
     Privileges {
         memory_locked: lock_memory(),
         real_time: os::run_in_real_time().map_err(|error| format!("real-time priority: {error}")),
