@@ -10,7 +10,7 @@
 
 use crate::ring::Map;
 use rustix::{
-    io::Errno,
+    io::{Errno, retry_on_intr},
     mm::Advice,
     thread::{futex, gettid},
 };
@@ -64,8 +64,9 @@ impl RobustMutex {
                     continue;
                 }
             }
-            match futex::wait(word, futex::Flags::empty(), value, None) {
-                Ok(()) | Err(Errno::AGAIN | Errno::INTR) => {}
+            let sleep = || futex::wait(word, futex::Flags::empty(), value, None);
+            match retry_on_intr(sleep) {
+                Ok(()) | Err(Errno::AGAIN) => {}
                 Err(_) => return false,
             }
         }
@@ -86,7 +87,8 @@ pub(crate) fn hold(page: &OwnedFd) -> io::Result<()> {
     // Never unmapped: glibc and the kernel have the mutex in a list of this thread's.
     let map = ManuallyDrop::new(Map::open(page.as_fd())?);
     let start = map.at(0, PAGE);
-    // SAFETY: the whole of a mapping of ours. A child forked from here has no part in it: its copy of libc's list is emptied by fork.
+    // SAFETY: the whole of a mapping of ours. A child forked from here has no part in it: glibc (from 2.25)
+    // empties the list of it.
     unsafe { rustix::mm::madvise(start.as_ptr().cast(), PAGE, Advice::LinuxDontFork) }?;
     let mutex = start.cast::<libc::pthread_mutex_t>().as_ptr();
     let mut attributes = std::mem::MaybeUninit::<libc::pthread_mutexattr_t>::uninit();
