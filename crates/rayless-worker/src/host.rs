@@ -1,11 +1,13 @@
 //! The worker's side: what runs inside a worker process.
 //!
-//! The keeper leaves four descriptors, named in `RAYLESS_WORKER_FDS`: the ring, the collector's eventfd, a control socket on which the keeper
-//! sends the boot bytes and what links need and this side says `ready`, each once, framed by a u32 length, and the socket of its links.
+//! The keeper leaves five descriptors, named in `RAYLESS_WORKER_FDS`: the ring, the collector's eventfd, a control socket on which the keeper
+//! sends the boot bytes and what links need and this side says `ready`, each once, framed by a u32 length, the socket of its links, and the page of
+//! the mutex that tells the keeper of this process's death.
 
 use crate::{
     links::Links,
     ring::{CallReader, ReplyWriter, Ring, Waited},
+    robust,
     spin::{self, Spin},
 };
 use rayless_proto::{
@@ -97,6 +99,7 @@ struct Calls {
 
 impl Worker {
     /// Takes over what the keeper left in the environment (`RAYLESS_WORKER_FDS`, `RAYLESS_RANK`, …) and waits for the boot bytes.
+    /// To be called on the process's main thread: only of that one's end is the keeper told at once.
     /// The descriptors are made close-on-exec, so that programs this worker starts do not get them. At most once per process.
     ///
     /// # Errors
@@ -107,6 +110,10 @@ impl Worker {
         let mut next = || fds.next().flatten().ok_or_else(|| missing(FDS_VARIABLE));
         let (ring, event) = (next()?, next()?);
         let (control, links) = (UnixStream::from(next()?), UnixStream::from(next()?));
+        // Where there is none (a keeper of another version) or it cannot be had, the keeper hears of this process's death a little later.
+        if let Some(page) = fds.next().flatten().filter(|_| robust::is_main_thread()) {
+            let _ = robust::hold(&page);
+        }
         let ring = Ring::open(ring.as_fd()).map_err(|error| HostError::NotAWorker(error.to_string()))?;
         let (rank, local_rank) = (number("RAYLESS_RANK")?, number("RAYLESS_LOCAL_RANK")?);
         if local_rank as usize >= ring.readers() {

@@ -16,7 +16,7 @@
 //! Workers send tensors to each other over [`links`], of which each is agreed on by its two ends.
 //!
 //! This crate exists for shared memory and child processes, so it holds unsafe code: in `ring::map` (mapped memory),
-//! `keeper::child` (what runs between fork and exec) and `retries` (a socket option), nowhere else.
+//! `keeper::child` (what runs between fork and exec), `robust` (a mutex of libc's) and `retries` (a socket option), nowhere else.
 
 pub mod client;
 pub mod driver;
@@ -26,6 +26,7 @@ pub mod keeper;
 pub mod links;
 mod retries;
 pub mod ring;
+mod robust;
 mod session;
 mod spin;
 pub mod stopped;

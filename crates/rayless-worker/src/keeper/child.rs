@@ -37,7 +37,7 @@ pub(super) struct Started {
     pub(super) links: UnixStream,
 }
 
-/// Starts the worker at `index` of `config.ranks`. Must run on the process's main thread: the kernel kills a child with a death signal when
+/// Starts the worker at `index` of `config.ranks`, with `life` for its robust mutex. Must run on the process's main thread: the kernel kills a child with a death signal when
 /// the *thread* that started it ends.
 pub(super) fn start(
     config: &KeeperConfig,
@@ -46,13 +46,14 @@ pub(super) fn start(
     directory: &Path,
     ring: BorrowedFd<'_>,
     replies: BorrowedFd<'_>,
+    life: OwnedFd,
 ) -> io::Result<Started> {
     let (control, theirs) = UnixStream::pair()?;
     let (links, their_links) = UnixStream::pair()?;
     // Numbers of their own: clearing close-on-exec in the child must not touch what other children inherit.
     let ring = ring.try_clone_to_owned()?;
     let replies = replies.try_clone_to_owned()?;
-    let fds = [ring.as_raw_fd(), replies.as_raw_fd(), theirs.as_raw_fd(), their_links.as_raw_fd()];
+    let fds = [ring.as_raw_fd(), replies.as_raw_fd(), theirs.as_raw_fd(), their_links.as_raw_fd(), life.as_raw_fd()];
     let (stacks, stacks_end) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
     let mut command = Command::new(&launch.program);
     command
@@ -74,7 +75,8 @@ pub(super) fn start(
         }
         // A session of its own: no terminal's Ctrl-C, and a name for all that it starts.
         setsid()?;
-        for fd in [ring.as_fd(), replies.as_fd(), theirs.as_fd(), their_links.as_fd(), stacks_end.as_fd()] {
+        let handed = [&ring, &replies, &life, &stacks_end].map(AsFd::as_fd);
+        for fd in handed.into_iter().chain([theirs.as_fd(), their_links.as_fd()]) {
             fcntl_setfd(fd, FdFlags::empty())?;
         }
         Ok(())

@@ -3,13 +3,14 @@
 use super::{
     KeeperError, child,
     door::{self, Caller},
+    dying,
     links::{self, Arrival},
     logs::{Pipe, RankLog},
     look, reap,
     stacks::Stacks,
     step::{self, News, Order, StepSetup, StepThread},
 };
-use crate::{event, ring::Ring, session::plain_header};
+use crate::{event, ring::Ring, robust::RobustMutex, session::plain_header};
 use rayless_net::{framing, identity::TlsIdentity};
 use rayless_proto::{
     codec,
@@ -53,6 +54,8 @@ const LOOK: Duration = Duration::from_secs(1);
 
 /// What happens to a worker.
 enum Event {
+    /// Its process will have ended so, surely.
+    Dying(usize, ExitStatus),
     /// Its process ended.
     Exited(usize),
     /// It said that it takes calls.
@@ -84,6 +87,10 @@ pub(super) struct Worker {
     ready: bool,
     /// As last told to the daemons.
     told: WorkerState,
+    /// Until it ends; `None` where no thread could be had for it.
+    watch: Option<dying::Watch>,
+    /// How it will have ended, told before it has.
+    dying: Option<ExitStatus>,
     status: Option<ExitStatus>,
 }
 
@@ -318,6 +325,7 @@ impl Group {
 
     fn on_event(&mut self, event: Event) {
         match event {
+            Event::Dying(index, status) => self.on_dying(index, status),
             Event::Exited(index) => self.on_exit(index),
             Event::Ready(index, versions) => {
                 let worker = &mut self.workers[index];
@@ -362,18 +370,11 @@ impl Group {
             Err(_) => ExitStatus::from_raw(libc::SIGKILL),
         };
         worker.status = Some(status);
-        self.ring.mark_gone(index);
-        // Its last words are still in the pipes.
-        worker.pipes.iter().for_each(|pipe| {
-            pipe.drain();
-        });
-        let (rank, pid) = (worker.rank, worker.pid);
-        let mut cause = format!("{} {}", self.named(rank, pid), child::how_it_ended(status));
-        let last = self.workers[index].log.borrow().last_stderr().trim().to_owned();
-        if status.code().is_some_and(|code| code != 0) && !last.is_empty() {
-            cause = format!("{cause}: {last}");
+        worker.watch = None;
+        if worker.dying.is_some_and(|told| told != status) {
+            tracing::warn!(rank = worker.rank, "it {}, other than was told", child::how_it_ended(status));
         }
-        self.tell_change(index, WorkerState::Dead);
+        let cause = self.bury(index, status);
         if self.ending.is_none() {
             // A driver on this host closes the ring itself; the workers may leave before its `Stop` is read here.
             if self.ring.is_closed() && status.success() {
@@ -382,6 +383,33 @@ impl Group {
                 self.end(cause, Some(index));
             }
         }
+    }
+
+    /// What [`Self::on_exit`] will find, and the end of the group at once: the kernel may have gigabytes to free before it. What is no death
+    /// of a worker on its own account is left to that: the group ends already, or its driver lets the workers leave.
+    fn on_dying(&mut self, index: usize, status: ExitStatus) {
+        let worker = &mut self.workers[index];
+        if self.ending.is_some() || worker.status.is_some() || self.ring.is_closed() {
+            return;
+        }
+        worker.dying = Some(status);
+        let cause = self.bury(index, status);
+        self.end(cause, Some(index));
+    }
+
+    /// The ring and the daemons do without the worker; what its death is called.
+    fn bury(&mut self, index: usize, status: ExitStatus) -> String {
+        self.ring.mark_gone(index);
+        let worker = &self.workers[index];
+        // Its last words are still in the pipes.
+        worker.pipes.iter().for_each(|pipe| pipe.last_words());
+        let mut cause = format!("{} {}", self.named(worker.rank, worker.pid), child::how_it_ended(status));
+        let last = worker.log.borrow().last_stderr().trim().to_owned();
+        if status.code().is_some_and(|code| code != 0) && !last.is_empty() {
+            cause = format!("{cause}: {last}");
+        }
+        self.tell_change(index, WorkerState::Dead);
+        cause
     }
 
     fn begin_look(&self, asker: Asker, look: Look) {
@@ -480,7 +508,9 @@ impl Group {
         directory: &Path,
     ) -> io::Result<()> {
         let rank = self.config.ranks[index].rank;
-        let started = child::start(&self.config, index, launch, directory, self.ring_fd.as_fd(), self.replies.as_fd())?;
+        let (life, mutex) = RobustMutex::create()?;
+        let (ring, replies) = (self.ring_fd.as_fd(), self.replies.as_fd());
+        let started = child::start(&self.config, index, launch, directory, ring, replies, life)?;
         let log = Rc::new(RefCell::new(RankLog::open(&self.log_dir, rank, self.log.clone())));
         let pidfd = Rc::new(child::watch(started.pidfd)?);
         let pipes = [
@@ -496,6 +526,11 @@ impl Group {
             let _ = watched.readable().await;
             let _ = events.send(Event::Exited(index));
         });
+        let events = self.events.clone();
+        let watch = dying::watch(mutex, started.process.id(), move |status| {
+            let _ = events.send(Event::Dying(index, status));
+        });
+        let watch = watch.inspect_err(|error| tracing::warn!(%error, "deaths are told late")).ok();
         let stacks = Rc::new(Stacks::new(started.process.id(), started.stacks)?);
         started.control.set_nonblocking(true)?;
         let control = tokio::net::UnixStream::from_std(started.control)?;
@@ -523,6 +558,8 @@ impl Group {
             arrivals,
             ready: false,
             told: WorkerState::Dead,
+            watch,
+            dying: None,
             status: None,
         });
         Ok(())
@@ -599,7 +636,7 @@ impl Group {
     }
 
     fn state(&self, index: usize, worker: &Worker) -> WorkerState {
-        match (worker.status, worker.ready) {
+        match (worker.status.or(worker.dying), worker.ready) {
             (Some(_), _) => WorkerState::Dead,
             (None, false) => WorkerState::Starting,
             (None, true) => match self.ring.state(index).0 {

@@ -180,13 +180,25 @@ impl Pipe {
             }
         }
         if !open {
-            let rest = std::mem::take(&mut *self.held.borrow_mut());
-            if !rest.is_empty() {
-                self.log.borrow_mut().line(&rest, self.stderr);
-            }
+            self.give_up_held();
         }
         self.log.borrow().forward.wake();
         open
+    }
+
+    /// Takes in what a worker that ends wrote last: also a line that has no end, though others (or the kernel) hold the pipe still.
+    pub(super) fn last_words(&self) {
+        if self.drain() {
+            self.give_up_held();
+            self.log.borrow().forward.wake();
+        }
+    }
+
+    fn give_up_held(&self) {
+        let rest = std::mem::take(&mut *self.held.borrow_mut());
+        if !rest.is_empty() {
+            self.log.borrow_mut().line(&rest, self.stderr);
+        }
     }
 
     fn take(&self, bytes: &[u8]) {

@@ -1,13 +1,15 @@
 //! The keeper: owns the workers of one group on one host and outlives the daemon that started it.
 //!
 //! Its main thread runs a tokio loop (`group`: daemons, drivers at the door, processes, pipes, timers), since a worker must be a child of
-//! that thread; a second thread (`step`) has the driver's session, and where the driver is on another host also the ring.
+//! that thread; a second thread (`step`) has the driver's session, and where the driver is on another host also the ring. A thread per
+//! worker (`dying`) sleeps until that one dies.
 //!
 //! Files in the run dir: `keepers/<group>.sock` (0600) and `.pid`, gone when the keeper is; `logs/<group>/rank-<n>.log` and `keeper.log`.
 
 mod ask;
 mod child;
 mod door;
+mod dying;
 mod group;
 mod handle;
 mod links;

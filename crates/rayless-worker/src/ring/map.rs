@@ -71,7 +71,7 @@ impl Map {
     ///
     /// # Panics
     /// Outside of the mapping. Offsets come from our own copy of the layout, never from shared memory.
-    fn at(&self, at: usize, length: usize) -> NonNull<u8> {
+    pub(crate) fn at(&self, at: usize, length: usize) -> NonNull<u8> {
         assert!(at.checked_add(length).is_some_and(|end| end <= self.length), "offset outside of the ring");
         // SAFETY: within the mapping, as just checked.
         unsafe { self.start.add(at) }

@@ -31,10 +31,10 @@ mod replies;
 mod tests;
 
 pub(crate) use calls::{AskedSet, CallReader, CallWriter, Record};
+pub(crate) use map::Map;
 pub(crate) use replies::{ReplyReader, ReplyWriter};
 
 use crate::event;
-use map::Map;
 use rayless_proto::{
     ids::{CallId, Rank},
     limits::{MAX_DOING, MAX_WORKERS_PER_HOST, REPLY_RING_BYTES, RING_BYTES},

@@ -15,6 +15,7 @@
 mod bench;
 mod calls;
 mod deaths;
+mod dying;
 mod keepers;
 mod links;
 mod rdma;
@@ -56,7 +57,8 @@ fn main() -> ExitCode {
         _ => {}
     }
     let named: Vec<&String> = arguments.iter().filter(|argument| !argument.starts_with('-')).collect();
-    let stories = [calls::STORIES, deaths::STORIES, keepers::STORIES, links::STORIES, stuck::STORIES].concat();
+    let stories =
+        [calls::STORIES, deaths::STORIES, dying::STORIES, keepers::STORIES, links::STORIES, stuck::STORIES].concat();
     if arguments.iter().any(|argument| argument == "--list") {
         stories.iter().for_each(|(name, _)| println!("{name}: test"));
         return ExitCode::SUCCESS;

@@ -98,6 +98,34 @@ pub(crate) fn main() -> ExitCode {
                 eprintln!("ValueError: something is wrong");
                 std::process::exit(number as i32);
             }
+            // Half a line, and the end.
+            "mutter" => {
+                eprint!("it ends in the middle of");
+                std::process::exit(3);
+            }
+            // A thread that sleeps for ever; its id is the reply.
+            "thread" => {
+                let (told, id) = std::sync::mpsc::channel();
+                std::thread::spawn(move || {
+                    told.send(rustix::thread::gettid().as_raw_nonzero().to_string()).unwrap();
+                    loop {
+                        std::thread::park();
+                    }
+                });
+                reply(id.recv().unwrap().as_bytes());
+            }
+            // The main thread alone ends.
+            "leave" => crate::dying::leave_alone(number as i32),
+            // Another program in this process.
+            "become" => {
+                let error = std::os::unix::process::CommandExt::exec(Command::new("sleep").arg("1000"));
+                eprintln!("{error}");
+            }
+            // Nonsense into the mutex that the keeper watches.
+            "spoil" => {
+                crate::dying::spoil(number as u32);
+                reply(me.as_bytes());
+            }
             // A program of its own that outlives the call; its pid is the reply.
             "start" => {
                 let child = Command::new("sleep").arg("1000").spawn().unwrap();
