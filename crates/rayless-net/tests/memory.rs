@@ -1,4 +1,5 @@
 //! What a daemon's network holds of its memory. A binary of its own: the figure is that of the process.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test ends with the first thing that is not as it should be")]
 
 use rayless_net::{
     heartbeat::{NetConfig, NetEvent, NetThread, Sign, Watch},
