@@ -64,7 +64,7 @@ ENGINE_FAULTS = [
         _process("worker@a", KILL),
         nothing,
         "ends",
-        "its keeper (pidfd)",
+        "its keeper (robust mutex, then pidfd)",
         ("SIGKILL",),
     ),
     EngineFault(
@@ -73,7 +73,7 @@ ENGINE_FAULTS = [
         _process("worker@b", KILL),
         nothing,
         "ends",
-        "its keeper (pidfd)",
+        "its keeper (robust mutex, then pidfd)",
         ("SIGKILL",),
     ),
     EngineFault(
@@ -82,7 +82,7 @@ ENGINE_FAULTS = [
         _process("worker@b", TERM),
         nothing,
         "ends",
-        "its keeper (pidfd)",
+        "its keeper (robust mutex, then pidfd)",
         ("SIGTERM",),
     ),
     EngineFault(
