@@ -24,6 +24,7 @@ mod event;
 pub mod host;
 pub mod keeper;
 pub mod links;
+mod proc;
 mod retries;
 pub mod ring;
 mod robust;

@@ -1,12 +1,13 @@
 //! Whether a process is stopped: a silence that needs no second guess.
 
+use crate::proc;
 use std::fs;
 
 /// Whether the kernel holds process `pid` stopped (SIGSTOP and its like). `false` where it is gone, or only late.
 pub fn is_stopped(pid: u32) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    let state = stat.rfind(')').and_then(|at| stat[at + 1..].trim_start().chars().next());
-    state == Some('T')
+    let state = proc::name_and_fields(&stat).and_then(|(_, mut fields)| fields.next());
+    state == Some("T")
 }
 
 #[cfg(test)]

@@ -4,8 +4,10 @@
 //! to the pidfd, which tells of every death some time later. These threads start nothing: a worker must be a child of the main thread. They are
 //! also the ones who read `/proc`: who looks at a process just then may have to free its memory.
 
-use crate::robust::RobustMutex;
-use std::{fs, io, os::unix::process::ExitStatusExt, process::ExitStatus, sync::Arc, thread, time::Duration};
+use crate::{proc, robust::RobustMutex};
+use std::{
+    fs, io, os::unix::process::ExitStatusExt, path::Path, process::ExitStatus, sync::Arc, thread, time::Duration,
+};
 
 /// `PF_EXITING` of the kernel's `sched.h`.
 const EXITING: u32 = 0x4;
@@ -43,7 +45,7 @@ pub(super) fn watch(mutex: RobustMutex, pid: u32, tell: impl FnOnce(ExitStatus) 
 /// let itself be looked at.
 fn status_of_dying(pid: u32) -> Option<ExitStatus> {
     for _ in 0..LOOKS {
-        let main = Thread::read(&format!("/proc/{pid}/stat"))?;
+        let main = Thread::read(Path::new(&format!("/proc/{pid}/stat")))?;
         if !main.exiting {
             // It runs another program now.
             return None;
@@ -68,15 +70,12 @@ fn status_of_dying(pid: u32) -> Option<ExitStatus> {
 
 /// Whether all threads but the first end, too: `exit_group` and a deadly signal send SIGKILL to each of them.
 fn others_end(pid: u32) -> bool {
-    let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
-    for task in tasks.filter(|task| task.file_name().to_str() != Some(&pid.to_string())) {
-        let path = task.path();
-        let path = path.to_string_lossy();
-        if is_being_killed(&fs::read_to_string(format!("{path}/status")).unwrap_or_default()) {
+    for (_, folder) in proc::threads(pid).filter(|(id, _)| *id != pid) {
+        if is_being_killed(&fs::read_to_string(folder.join("status")).unwrap_or_default()) {
             return true;
         }
         // Gone already where it cannot be read.
-        if Thread::read(&format!("{path}/stat")).is_some_and(|thread| !thread.exiting) {
+        if Thread::read(&folder.join("stat")).is_some_and(|thread| !thread.exiting) {
             return false;
         }
     }
@@ -85,9 +84,7 @@ fn others_end(pid: u32) -> bool {
 
 /// Whether a thread's `status` has SIGKILL among the signals on their way to it.
 fn is_being_killed(status: &str) -> bool {
-    let pending = status.lines().find_map(|line| line.strip_prefix("SigPnd:"));
-    let pending = pending.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
-    pending >> (libc::SIGKILL - 1) & 1 == 1
+    proc::has_signal(status, "SigPnd", libc::SIGKILL)
 }
 
 /// What a `stat` file says of a thread.
@@ -99,13 +96,13 @@ struct Thread {
 }
 
 impl Thread {
-    fn read(path: &str) -> Option<Self> {
+    fn read(path: &Path) -> Option<Self> {
         Self::parse(&fs::read_to_string(path).ok()?)
     }
 
-    /// Of `pid (name) state …`, where the name may hold anything: the 9th field and the 52nd.
+    /// Of `pid (name) state …`: the 9th field and the 52nd.
     fn parse(stat: &str) -> Option<Self> {
-        let mut fields = stat.get(stat.rfind(')')? + 1..)?.split_ascii_whitespace();
+        let (_, mut fields) = proc::name_and_fields(stat)?;
         let flags: u32 = fields.nth(6)?.parse().ok()?;
         let exit_code = fields.nth(42)?.parse().ok()?;
         Some(Self { exiting: flags & EXITING != 0, exit_code })

@@ -4,6 +4,7 @@
 //! session is its too. They get a moment to end by themselves (Python's resource tracker removes shared-memory files when its pipe
 //! closes), then they are killed.
 
+use crate::proc;
 use rayless_proto::ids::{GroupId, NodeId};
 use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, getpid, pidfd_open, pidfd_send_signal, waitpid};
 use std::{
@@ -131,9 +132,9 @@ fn processes() -> impl Iterator<Item = Process> {
     })
 }
 
-/// Of `pid (name) state ppid pgrp session …`, where the name may hold anything.
+/// Of `pid (name) state ppid pgrp session …`.
 fn parse(pid: u32, stat: &str) -> Option<Process> {
-    let mut fields = stat.get(stat.rfind(')')? + 1..)?.split_ascii_whitespace();
+    let (_, mut fields) = proc::name_and_fields(stat)?;
     let state = fields.next()?.chars().next()?;
     let parent = fields.next()?.parse().ok()?;
     let session = fields.nth(1)?.parse().ok()?;

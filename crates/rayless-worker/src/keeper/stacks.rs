@@ -5,6 +5,7 @@
 //! own (not stderr, where the program's own lines would come in between). The kernel restarts most system calls that it interrupts; of the
 //! others (sleeps, polls) Python and the usual libraries look at the clock again.
 
+use crate::proc;
 use rustix::process::{Signal, pidfd_send_signal};
 use std::{
     fmt::Write as _,
@@ -81,30 +82,26 @@ impl Stacks {
 /// Whether the process has a handler for the signal: without one it would die of it.
 fn catches(pid: u32) -> bool {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let mask = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
-    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
-    mask >> (STACKS_SIGNAL.as_raw() - 1) & 1 == 1
+    proc::has_signal(&status, "SigCgt", STACKS_SIGNAL.as_raw())
 }
 
 /// `kernel: thread 123 (python3) sleeps in futex_wait_queue`, a line per thread.
 fn kernel_view(pid: u32) -> String {
     let mut text = String::new();
-    let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
-    for task in tasks.take(THREADS) {
-        let path = task.path();
-        let stat = fs::read_to_string(path.join("stat")).unwrap_or_default();
-        let Some((name, rest)) = stat.split_once('(').and_then(|(_, rest)| rest.rsplit_once(')')) else { continue };
-        let state = match rest.trim_start().chars().next() {
-            Some('R') => "runs",
-            Some('S') => "sleeps",
-            Some('D') => "waits without being killable",
-            Some('T' | 't') => "is stopped",
-            Some('Z' | 'X') => "has ended",
+    for (id, folder) in proc::threads(pid).take(THREADS) {
+        let stat = fs::read_to_string(folder.join("stat")).unwrap_or_default();
+        let Some((name, mut fields)) = proc::name_and_fields(&stat) else { continue };
+        let state = match fields.next() {
+            Some("R") => "runs",
+            Some("S") => "sleeps",
+            Some("D") => "waits without being killable",
+            Some("T" | "t") => "is stopped",
+            Some("Z" | "X") => "has ended",
             _ => "is there",
         };
-        let place = fs::read_to_string(path.join("wchan")).unwrap_or_default();
+        let place = fs::read_to_string(folder.join("wchan")).unwrap_or_default();
         let place = if place.is_empty() || place == "0" { String::new() } else { format!(" in {place}") };
-        let _ = writeln!(text, "kernel: thread {} ({name}) {state}{place}", task.file_name().to_string_lossy());
+        let _ = writeln!(text, "kernel: thread {id} ({name}) {state}{place}");
     }
     text
 }
