@@ -1,6 +1,6 @@
 //! The receiving end over RDMA.
 
-use super::{CREDIT_EVERY, NOTICE, REASON, RETURN, SLOT, SLOTS, cell, sleep, verbs};
+use super::{CREDIT_EVERY, NOTICE, REASON, RETURN, SLOT, SLOTS, cell, counted, sleep, verbs};
 use crate::{
     error::{LostKind, TransportError},
     scatter::ScatterMut,
@@ -235,14 +235,7 @@ impl End for RdmaInbound {
     }
 
     fn counters(&self) -> Counters {
-        let Some(endpoint) = &self.endpoint else { return self.counters };
-        let posted = endpoint.posted();
-        Counters {
-            work_requests: posted.work_requests,
-            doorbells: posted.doorbells,
-            completions: posted.completions,
-            ..self.counters
-        }
+        counted(self.endpoint.as_ref(), self.counters)
     }
 }
 

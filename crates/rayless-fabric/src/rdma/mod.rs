@@ -21,7 +21,7 @@ use crate::{
     recv::RecvLink,
     send::SendLink,
     tensor::PeerLimits,
-    transport::Level,
+    transport::{Counters, Level},
     wake::{EventWake, is_ready, poll_for},
 };
 use rayless_proto::ids::GroupId;
@@ -196,6 +196,18 @@ fn sleep(endpoint: &mut Endpoint<Connected>, wake: &EventWake, at_most: Duration
         endpoint.acknowledge();
     }
     Ok(connection && endpoint.ended().map_err(verbs)?.is_some())
+}
+
+/// With what the endpoint has counted, while there is one.
+fn counted(endpoint: Option<&Endpoint<Connected>>, counters: Counters) -> Counters {
+    let Some(endpoint) = endpoint else { return counters };
+    let posted = endpoint.posted();
+    Counters {
+        work_requests: posted.work_requests,
+        doorbells: posted.doorbells,
+        completions: posted.completions,
+        ..counters
+    }
 }
 
 fn verbs(error: VerbsError) -> TransportError {

@@ -1,6 +1,6 @@
 //! The sending end over RDMA.
 
-use super::{CREDIT_EVERY, FLUSH, NOTICE, RETURN, SLOT, SLOTS, cell, sleep, verbs};
+use super::{CREDIT_EVERY, FLUSH, NOTICE, RETURN, SLOT, SLOTS, cell, counted, sleep, verbs};
 use crate::{
     error::TransportError,
     scatter::Scatter,
@@ -218,14 +218,7 @@ impl End for RdmaOutbound {
     }
 
     fn counters(&self) -> Counters {
-        let Some(endpoint) = &self.endpoint else { return self.counters };
-        let posted = endpoint.posted();
-        Counters {
-            work_requests: posted.work_requests,
-            doorbells: posted.doorbells,
-            completions: posted.completions,
-            ..self.counters
-        }
+        counted(self.endpoint.as_ref(), self.counters)
     }
 }
 
