@@ -15,16 +15,11 @@ import argparse
 import json
 import os
 import pickle
-import shutil
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 PAYLOAD = os.urandom(2048)
 GAP_S = 0.002
@@ -159,7 +154,7 @@ def last_json(text: str) -> dict[str, Any]:
 
 def main() -> None:
     """Sets the two hosts up and runs both in turns."""
-    from netns import hosts
+    from nodes import two_nodes
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worlds", default="2,16")
@@ -171,40 +166,27 @@ def main() -> None:
     if options.role:
         return role(options.role, options.calls)
 
-    rayless = shutil.which("rayless")
-    if rayless is None:
-        sys.exit("no `rayless` on PATH\nhint: run it through `make bench`")
     me = [sys.executable, os.path.abspath(__file__), "--calls", str(options.calls), "--role"]
     results: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="rayless-bench-") as base, hosts(2) as (a, b):
-        dirs = [f"{base}/a", f"{base}/b"]
-        token = Path(base, "token")
-        token.write_text(subprocess.run([rayless, "token", "new"], capture_output=True, text=True, check=True).stdout)
-        token.chmod(0o600)
-        common = ["--token-file", str(token), "--daemon", "--resource", "slot=8"]
-        a.run([rayless, "head", "--bind", a.address, "--run-dir", dirs[0], "--name", "a", *common])
-        b.run([rayless, "join", f"{a.address}:6379", "--run-dir", dirs[1], "--name", "b", *common])
-        try:
-            for world in (int(w) for w in options.worlds.split(",")):
-                for turn in range(options.turns):
-                    done = a.run([*me, "rayless", str(world)], env=environment(dirs[0]), timeout=300)
-                    results.append({"who": "rayless", "world": world, "turn": turn, **last_json(done.stdout)})
-                    folder = Path(base, f"mq-{world}-{turn}")
-                    folder.mkdir()
-                    half = world // 2
-                    near = ",".join(str(r) for r in range(half))
-                    far = ",".join(str(r) for r in range(half, world))
-                    sets = [
-                        host.popen([*me, "mq-workers", ranks, str(world), str(folder), host.address], env=environment())
-                        for host, ranks in ((a, near), (b, far))
-                    ]
-                    done = a.run([*me, "mq", str(world), str(folder), a.address], env=environment(), timeout=300)
-                    results.append({"who": "MessageQueue", "world": world, "turn": turn, **last_json(done.stdout)})
-                    for process in sets:
-                        process.wait(timeout=60)
-        finally:
-            for host, folder_ in ((b, dirs[1]), (a, dirs[0])):
-                host.run([rayless, "stop", "--run-dir", folder_], check=False)
+    with two_nodes("--resource", "slot=8") as nodes:
+        a, b = nodes.a, nodes.b
+        for world in (int(w) for w in options.worlds.split(",")):
+            for turn in range(options.turns):
+                done = a.run([*me, "rayless", str(world)], env=environment(nodes.run_dir), timeout=300)
+                results.append({"who": "rayless", "world": world, "turn": turn, **last_json(done.stdout)})
+                folder = nodes.base / f"mq-{world}-{turn}"
+                folder.mkdir()
+                half = world // 2
+                near = ",".join(str(r) for r in range(half))
+                far = ",".join(str(r) for r in range(half, world))
+                sets = [
+                    host.popen([*me, "mq-workers", ranks, str(world), str(folder), host.address], env=environment())
+                    for host, ranks in ((a, near), (b, far))
+                ]
+                done = a.run([*me, "mq", str(world), str(folder), a.address], env=environment(), timeout=300)
+                results.append({"who": "MessageQueue", "world": world, "turn": turn, **last_json(done.stdout)})
+                for process in sets:
+                    process.wait(timeout=60)
     report(results)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))

@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 import netns
+from nodes import new_token
 
 SMALL = (14 << 10, 28 << 10)
 LARGE = 16 << 20
@@ -45,10 +46,7 @@ class Tcp:
 
     def __init__(self, a: netns.Host, b: netns.Host, folder: Path, floors: str, seconds: float) -> None:
         self.a, self.b, self.floors, self.seconds = a, b, floors, seconds
-        self.token = folder / "token"
-        self.token.write_text(
-            subprocess.run(["rayless", "token", "new"], capture_output=True, text=True, check=True).stdout
-        )
+        self.token = new_token(folder)
         self.link = self._listening(
             ["rayless", "bench", "link", "--listen", f"{b.address}:0", "--token-file", str(self.token)]
         )

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,6 +21,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from netns import Host, hosts
+from nodes import new_token
+from serving import rayless_command
 
 
 def timed(host: Host, command: list[str]) -> float:
@@ -63,15 +63,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    rayless = shutil.which("rayless")
-    if rayless is None:
-        sys.exit("no `rayless` on PATH\nhint: run it through `make bench`")
+    rayless = rayless_command()
 
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="rayless-bench-") as base, hosts(2) as (a, b):
-        token = Path(base, "token")
-        token.write_text(subprocess.run([rayless, "token", "new"], capture_output=True, text=True, check=True).stdout)
-        token.chmod(0o600)
+        token = new_token(Path(base))
 
         def daemon(host: Host, words: list[str], run_dir: str) -> list[str]:
             shared = ["--token-file", str(token), "--run-dir", run_dir, "--bind", host.address, "--daemon"]

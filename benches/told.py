@@ -13,18 +13,13 @@ import argparse
 import json
 import os
 import select
-import shutil
 import signal
 import statistics
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 PATIENCE_S = 60
 
@@ -85,7 +80,7 @@ def drive(size: int, kills: int) -> None:
 
 def main() -> None:
     """Sets the two hosts up, kills, and prints."""
-    from netns import hosts
+    from nodes import two_nodes
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=3)
@@ -96,24 +91,11 @@ def main() -> None:
     if options.drive:
         return drive(int(options.gigabytes * 1e9), options.kills)
 
-    rayless = shutil.which("rayless")
-    if rayless is None:
-        sys.exit("no `rayless` on PATH\nhint: run it through `make bench`")
     me = [sys.executable, os.path.abspath(__file__), "--drive"]
     me += ["--gigabytes", str(options.gigabytes), "--kills", str(options.kills)]
-    with tempfile.TemporaryDirectory(prefix="rayless-bench-") as base, hosts(2) as (a, b):
-        dirs = [f"{base}/a", f"{base}/b"]
-        token = Path(base, "token")
-        token.write_text(subprocess.run([rayless, "token", "new"], capture_output=True, text=True, check=True).stdout)
-        token.chmod(0o600)
-        common = ["--token-file", str(token), "--daemon"]
-        a.run([rayless, "head", "--bind", a.address, "--run-dir", dirs[0], "--name", "a", *common])
-        try:
-            b.run([rayless, "join", f"{a.address}:6379", "--run-dir", dirs[1], "--name", "b", *common])
-            done = a.run(me, env=dict(os.environ, RAYLESS_RUN_DIR=dirs[0]), timeout=PATIENCE_S * options.kills)
-        finally:
-            for host, run_dir in ((b, dirs[1]), (a, dirs[0])):
-                host.run([rayless, "stop", "--run-dir", run_dir], check=False)
+    with two_nodes() as nodes:
+        env = dict(os.environ, RAYLESS_RUN_DIR=nodes.run_dir)
+        done = nodes.a.run(me, env=env, timeout=PATIENCE_S * options.kills)
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     for result in results:
         report(result)
