@@ -110,7 +110,7 @@ def report(result: dict[str, Any]) -> None:
     print(f"a worker on {result['where']}, n={len(told)}:")
     for what, values in (("told", told), ("gone", gone)):
         print(f"  {what} after {statistics.median(values):6.1f} ms, at most {max(values):6.1f} ms")
-    print(f"  told in {100 * ratio:.0f}% of the time that it takes the kernel")
+    print(f"  told in {100 * ratio:.1f}% of the time that it takes the kernel")
 
 
 if __name__ == "__main__":
