@@ -39,6 +39,11 @@ fn number(variable: &str, default: usize) -> usize {
     std::env::var(variable).map_or(default, |text| text.parse().unwrap())
 }
 
+/// A long run is looked at on its way too: one that is cut short shows how far it came, and that nothing had grown.
+fn is_milestone(done: usize, all: usize) -> bool {
+    all >= 200 && done < all && done.is_multiple_of(all / 20)
+}
+
 fn send(tx: &mut SendLink, len: usize) -> Result<(), SendError> {
     let (data, shape) = (vec![7; len], [len as u64]);
     let spec = TensorSpec { name: "x", dtype: DType::U8, shape: &shape, strides: None };
@@ -75,6 +80,9 @@ fn links_that_come_and_go_leave_nothing<F: Fixture>(default: usize) {
             let (sent, received) = F::try_pair(fresh_name(), Ticket([0; 32]), &config, &config);
             assert!(sent.is_err() && received.is_err());
         }
+        if is_milestone(i + 1, links) {
+            before.are_back(&format!("{} of {links} links over {}", i + 1, F::LEVEL));
+        }
     }
     before.are_back(&format!("{links} links over {}", F::LEVEL));
 }
@@ -84,7 +92,12 @@ fn peers_that_are_killed_leave_nothing<F: Fixture>(default: usize) {
     let kills = number("RAYLESS_TEST_KILLS", default);
     (0..2).for_each(outlive_a_peer::<F>);
     let before = Counts::now();
-    (0..kills).for_each(outlive_a_peer::<F>);
+    for i in 0..kills {
+        outlive_a_peer::<F>(i);
+        if is_milestone(i + 1, kills) {
+            before.are_back(&format!("{} of {kills} peers killed over {}", i + 1, F::LEVEL));
+        }
+    }
     before.are_back(&format!("{kills} peers killed over {}", F::LEVEL));
 }
 
