@@ -1,278 +1,335 @@
-"""vLLM's pipeline stages on one GPU: what a step costs with both stages there, beside one stage, and beside the hop staged through gloo.
+"""vLLM's step with one stage and with two, all on one GPU: beside each other in one sitting, in turns.
 
-    python benches/vllm_one_gpu.py steps  [--turns 4] [--repeats 3] [--only SIDE,...] [--out FILE]
-    python benches/vllm_one_gpu.py tokens [--out FILE]      greedy tokens in float32, two stages beside one, batch 1 and 16
-    python benches/vllm_one_gpu.py trace  --traces FOLDER   torch's profiler over some steps of the two stages, one file a rank
+    python benches/vllm_one_gpu.py --out DIR [--rounds 5] [--repeats 5] [--only SIDE,...] [--skip SIDE,...] [--overlay SITE] [--traces]
 
-Engines of all sides are up at the same time, each in a process of its own, and are measured in turns (A B C A B C), the others at rest. A
-figure is the time of one step: the difference between a long and a short generation, per token, so that prefill cancels out.
-The model is a random Llama (8 layers, hidden size 1024), so nearly all of a step is what vLLM, the executor and the hop cost.
+An 8-layer Llama of hidden size 1024 with random weights (made here), vLLM's V2 runner, async scheduling, CUDA graphs for decodes. All engines are
+started at once and stay; then they are measured one after the other, round by round (A B C A B C), the others idle. A figure is the time
+of one step: a long request less a short one, per token. Sides:
 
-Needs a GPU, vLLM with its V2 runner (0.25 here), transformers, and a node daemon that is up (``rayless head --daemon --gpus 1``). Two processes take
-turns on a GPU, which costs more than a hop: start NVIDIA's MPS before (``nvidia-cuda-mps-control -d``); the output says which it was.
+- ``own``: vLLM's own executor, one stage; ``pp1``: rayless's, one stage;
+- ``pp2``: rayless, two stages on the one GPU, over its links; ``ahead``: with RAYLESS_PIPELINE=rayless-ahead;
+- ``gloo``: the same with the links staged through host memory and gloo (`one_gpu/gloo_links.py`): NCCL refuses two ranks on one GPU;
+- ``…-mps``: the same, with the processes of that side under NVIDIA's MPS, which lets them run side by side: alone they take turns on the GPU;
+- ``own-f32``, ``pp2-f32-mps``, ``ahead-f32-mps``: float32, only for the comparison of tokens;
+- ``other``, ``other-mps``: as ``pp2…``, with the package in ``--overlay`` in the place of the installed one (RAYLESS_PIPELINE=``--overlay-pipeline``).
+
+In a batch all requests are in one step: an engine of two stages alternates between two, and what arrives late falls into the other. ``--traces``
+prints where a step's time goes, by marks in every rank (`one_gpu/tracing.py`), and keeps these, kernels and functions in ``--out``; it is
+measured apart from the figures, since marks cost time. Needs vLLM for CUDA (0.25 here), ``rayless`` on PATH and PYTHONPATH, and, for traces, cupy. ``--cpu`` runs
+the same on vLLM's CPU build: a rehearsal.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
-import random
+import queue
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-SHORT, LONG = 8, 200
-VOCABULARY, PROMPT = 8192, 32
+HERE = Path(__file__).resolve().parent / "one_gpu"
+sys.path.insert(0, str(HERE))
+
+import marks
+
 BATCHES = (1, 16)
-#: Of every engine: two ranks on one GPU are told apart by nothing but their share of it.
-ENVIRONMENT = {
-    "VLLM_USE_V2_MODEL_RUNNER": "1",
-    "VLLM_USE_FLASHINFER_SAMPLER": "0",
-    # It would open a communicator between the two ranks, which NCCL refuses on one GPU.
-    "VLLM_DISABLE_PYNCCL": "1",
-    "RAYLESS_GPUS_PER_WORKER": "0.1",
+SHORT, LONG = 8, 136
+#: Share of the GPU that each worker holds, by rayless's books.
+SHARE = "0.04"
+SIDES: dict[str, dict[str, Any]] = {
+    "own": {"stages": 1, "rayless": False},
+    "pp1": {"stages": 1},
+    "pp2": {"stages": 2},
+    "pp2-mps": {"stages": 2, "mps": True},
+    "ahead": {"stages": 2, "pipeline": "rayless-ahead"},
+    "ahead-mps": {"stages": 2, "pipeline": "rayless-ahead", "mps": True},
+    "other": {"stages": 2, "overlay": True},
+    "other-mps": {"stages": 2, "overlay": True, "mps": True},
+    "gloo": {"stages": 2, "gloo": True},
+    "gloo-mps": {"stages": 2, "gloo": True, "mps": True},
+    "own-f32": {"stages": 1, "rayless": False, "dtype": "float32"},
+    "pp2-f32-mps": {"stages": 2, "dtype": "float32", "mps": True},
+    "ahead-f32-mps": {"stages": 2, "pipeline": "rayless-ahead", "dtype": "float32", "mps": True},
+    "other-f32-mps": {"stages": 2, "overlay": True, "dtype": "float32", "mps": True},
 }
-#: Stages, executor, environment, more options of ``LLM``.
-SIDES: dict[str, tuple[int, str | None, dict[str, str], dict[str, Any]]] = {
-    "one stage, vLLM's executor": (1, None, {}, {}),
-    "one stage, rayless": (1, "rayless", {}, {}),
-    "two stages, rayless": (2, "rayless", {}, {}),
-    "two stages, rayless-ahead": (2, "rayless", {"RAYLESS_PIPELINE": "rayless-ahead"}, {}),
-    "two stages, gloo": (2, "rayless", {"RAYLESS_PIPELINE": "torch"}, {"worker_extension_cls": "gloo_staging.Staged"}),
-}
-PLAIN, STAGES, AHEAD = "one stage, rayless", "two stages, rayless", "two stages, rayless-ahead"
 
 
-def model() -> Path:
-    """The model's folder; made once. Without a tokenizer: prompts are token ids."""
-    folder = Path(tempfile.gettempdir()) / "rayless-bench-llama-8x1024"
-    if not (folder / "config.json").exists():
-        import torch
-        from transformers import LlamaConfig, LlamaForCausalLM
+def make_model(folder: Path, cpu: bool) -> Path:
+    """Random weights from a fixed seed; wide enough for tokens that vary."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=1024,
-            intermediate_size=2816,
-            num_hidden_layers=8,
-            num_attention_heads=16,
-            num_key_value_heads=4,
-            max_position_embeddings=2048,
-            # Wider than the usual 0.02: with that a random model repeats one token, and a broken hop would not show.
-            initializer_range=0.08,
-            tie_word_embeddings=False,
-        )
-        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    size = {"hidden_size": 256, "intermediate_size": 512} if cpu else {"hidden_size": 1024, "intermediate_size": 2816}
+    config = LlamaConfig(
+        vocab_size=512 if cpu else 32000,
+        num_hidden_layers=8,
+        num_attention_heads=16 if not cpu else 4,
+        num_key_value_heads=16 if not cpu else 4,
+        max_position_embeddings=2048,
+        initializer_range=0.08,
+        tie_word_embeddings=False,
+        **size,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     return folder
 
 
-def prompts(batch: int) -> list[dict[str, list[int]]]:
-    """The same ones on every side."""
-    source = random.Random(batch)
-    return [{"prompt_token_ids": [source.randrange(VOCABULARY) for _ in range(PROMPT)]} for _ in range(batch)]
-
-
-def serve(side: str, dtype: str, traces: str) -> None:
-    """One engine: answers lines on stdin until there are none left."""
-    from vllm import LLM, SamplingParams
-
-    stages, executor, _, more = SIDES[side]
-    if traces:
-        kinds = {"profiler": "torch", "torch_profiler_dir": traces, "torch_profiler_with_stack": False}
-        more = {**more, "profiler_config": kinds}
-    llm = LLM(
-        str(model()),
-        skip_tokenizer_init=True,
-        dtype=dtype,
-        max_model_len=1024,
-        max_num_seqs=16,
-        max_num_batched_tokens=1024,
-        # Given, not found by looking at a GPU that the other sides fill at the same time.
-        kv_cache_memory_bytes=1 << 30,
-        gpu_memory_utilization=0.05,
-        async_scheduling=True,
-        enable_prefix_caching=False,
-        pipeline_parallel_size=stages,
-        distributed_executor_backend=executor,
-        **more,
-    )
-    print("READY", flush=True)
-    for line in sys.stdin:
-        asked = json.loads(line)
-        if asked.get("trace"):
-            llm.start_profile()
-        sampling = SamplingParams(temperature=0, max_tokens=asked["tokens"], ignore_eos=True, detokenize=False)
-        begin = time.perf_counter()
-        answers = llm.generate(prompts(asked["batch"]), sampling, use_tqdm=False)
-        seconds = time.perf_counter() - begin
-        if asked.get("trace"):
-            llm.stop_profile()
-        tokens = [list(answer.outputs[0].token_ids) for answer in answers]
-        print("ANSWER " + json.dumps({"seconds": seconds, "tokens": tokens}), flush=True)
-
-
 class Engine:
-    """A side's process."""
+    """One process of `one_gpu/engine.py`."""
 
-    def __init__(self, side: str, logs: Path, dtype: str = "bfloat16", traces: str = "", **environment: str) -> None:
-        self.side = side
-        # Sides compile the same model at the same time: each has a cache of its own.
-        name = "".join(letter if letter.isalnum() else "-" for letter in f"{side} {dtype}")
-        cache = Path(tempfile.gettempdir()) / "rayless-bench-cache" / name
-        env = {**os.environ, **ENVIRONMENT, **SIDES[side][2], "VLLM_CACHE_ROOT": str(cache), **environment}
-        env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), env.get("PYTHONPATH", "")])
-        self.log = logs / f"{name}.log"
-        command = [sys.executable, str(Path(__file__).resolve()), "serve", "--only", side, "--dtype", dtype]
-        self.process = subprocess.Popen(
-            [*command, "--traces", traces],
+    def __init__(self, name: str, model: Path, base: Path, out: Path, options: argparse.Namespace) -> None:
+        side = SIDES[name]
+        self.name = name
+        settings = {
+            "path": str(model),
+            "dtype": side.get("dtype", "bfloat16"),
+            "stages": side["stages"],
+            "rayless": side.get("rayless", True),
+            "gloo": side.get("gloo", False),
+            "cpu": options.cpu,
+            "backend": options.backend,
+        }
+        env = {key: value for key, value in os.environ.items() if not key.startswith(("RAYLESS_", "CUDA_MPS_"))}
+        paths = [str(HERE), *env.get("PYTHONPATH", "").split(os.pathsep)]
+        if side.get("overlay"):
+            paths.insert(0, str(options.overlay))
+        env |= {
+            "PYTHONPATH": os.pathsep.join(paths),
+            "RAYLESS_RUN_DIR": str(base / "node"),
+            "RAYLESS_GPUS_PER_WORKER": SHARE,
+            "RAYLESS_PIPELINE": options.overlay_pipeline if side.get("overlay") else side.get("pipeline", "rayless"),
+            "BENCH_GLOO_LINKS": "1" if side.get("gloo") else "0",
+            "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+            "VLLM_DISABLE_PYNCCL": "1",
+            "VLLM_USE_FLASHINFER_SAMPLER": "0",
+            "VLLM_USE_DEEP_GEMM": "0",
+            "VLLM_USE_V2_MODEL_RUNNER": "0" if options.cpu else "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+        }
+        if options.cpu:
+            env |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        if side.get("mps"):
+            env["CUDA_MPS_PIPE_DIRECTORY"] = str(base / "mps")
+        self._log = (out / f"{name}.log").open("wb")
+        self._process = subprocess.Popen(
+            [sys.executable, str(HERE / "engine.py")],
+            env=env,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self.log.open("w"),
-            env=env,
+            stderr=self._log,
             text=True,
         )
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(settings) + "\n")
+        self._process.stdin.flush()
+        self._answers: queue.Queue[str] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
 
-    def _line(self, begins: str) -> str:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith(begins):
-                return line.removeprefix(begins)
-        raise RuntimeError(f"`{self.side}` ended\nhint: look into {self.log}")
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._answers.put(line)
+        self._answers.put("")
 
-    def wait_ready(self) -> None:
-        """Waits until it answers."""
-        self._line("READY")
+    def answer(self, timeout: float) -> Any:
+        """The next line."""
+        line = self._answers.get(timeout=timeout)
+        if not line:
+            raise RuntimeError(f"{self.name}: ended with {self._process.wait(10)}")
+        return json.loads(line)
 
-    def generate(self, batch: int, tokens: int, trace: bool = False) -> dict[str, Any]:
-        """``{"seconds", "tokens"}`` of one generation."""
-        assert self.process.stdin is not None
-        print(json.dumps({"batch": batch, "tokens": tokens, "trace": trace}), file=self.process.stdin, flush=True)
-        answer: dict[str, Any] = json.loads(self._line("ANSWER "))
-        return answer
-
-    def step_milliseconds(self, batch: int) -> float:
-        """Of one step."""
-        seconds = [float(self.generate(batch, tokens)["seconds"]) for tokens in (LONG, SHORT)]
-        return 1000 * (seconds[0] - seconds[1]) / (LONG - SHORT)
+    def ask(self, do: str, timeout: float = 60, **arguments: Any) -> Any:
+        """Runs a command and gives its value."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+        self._process.stdin.flush()
+        found = self.answer(timeout)
+        if "error" in found:
+            raise RuntimeError(f"{self.name}: {do}: {found['error']}")
+        return found["value"]
 
     def close(self) -> None:
-        """Ends it."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
+        """Asks it to end; kills it where it does not."""
+        with contextlib.suppress(OSError):
+            assert self._process.stdin is not None
+            self._process.stdin.write('{"do": "end"}\n')
+            self._process.stdin.close()
         try:
-            self.process.wait(30)
+            self._process.wait(15)
         except subprocess.TimeoutExpired:
-            self.process.kill()
+            self._process.kill()
+        self._log.close()
 
 
-def start(engines: list[Engine]) -> list[Engine]:
-    """Those that came up; of the others it is said."""
-    up = []
-    for engine in engines:
+@contextlib.contextmanager
+def node(base: Path, out: Path) -> Iterator[None]:
+    """A cluster of this machine alone, and MPS where there is one."""
+    token = base / "token"
+    made = subprocess.run(["rayless", "token", "new"], capture_output=True, text=True, check=True)
+    token.touch(mode=0o600)
+    token.write_text(made.stdout)
+    shared = ["--token-file", str(token), "--run-dir", str(base / "node")]
+    command = ["rayless", "head", "--daemon", "--bind", "127.0.0.1", "--port", "6479", "--cpus", "16", *shared]
+    subprocess.run(command, check=True, stdout=sys.stderr)
+    mps = shutil.which("nvidia-cuda-mps-control")
+    env = {**os.environ, "CUDA_MPS_PIPE_DIRECTORY": str(base / "mps"), "CUDA_MPS_LOG_DIRECTORY": str(out)}
+    if mps:
+        (base / "mps").mkdir()
+        subprocess.run([mps, "-d"], env=env, check=True)
+    print(f"MPS: {mps or 'none here'}", flush=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["rayless", "stop", "--run-dir", str(base / "node")], check=False, stdout=sys.stderr)
+        if mps:
+            subprocess.run([mps], env=env, input="quit -t 5\n", text=True, check=False)
+
+
+def start(names: list[str], *place: Any) -> dict[str, Engine]:
+    """All engines that come up; they share the time that this takes."""
+    begin = time.monotonic()
+    started = {name: Engine(name, *place) for name in names}
+    up = {}
+    for name, engine in started.items():
         try:
-            engine.wait_ready()
-            up.append(engine)
-        except RuntimeError as error:
-            print(error, file=sys.stderr, flush=True)
+            engine.answer(max(1.0, place[-1].patience - (time.monotonic() - begin)))
+            up[name] = engine
+            print(f"{name}: up after {time.monotonic() - begin:.0f} s", flush=True)
+        except (RuntimeError, queue.Empty) as error:
+            print(f"{name}: did not come up: {error!r}", flush=True)
+            engine.close()
     return up
 
 
-def steps(given: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds per step of every side, in turns."""
-    sides = [side for side in SIDES if not given.only or side in given.only.split(";")]
-    engines = start([Engine(side, given.logs) for side in sides])
-    values: dict[str, dict[int, list[float]]] = {engine.side: {batch: [] for batch in BATCHES} for engine in engines}
-    for engine in engines:
-        for batch in BATCHES:
-            engine.step_milliseconds(batch)  # warm
-    for turn in range(given.turns):
-        for engine in engines:
+def measure(engines: dict[str, Engine], options: argparse.Namespace, rows: dict[str, dict[int, list[float]]]) -> None:
+    """All rounds; a side that fails is left out from there on."""
+    for turn in range(options.rounds):
+        for name in list(engines):
             for batch in BATCHES:
-                values[engine.side][batch] += [engine.step_milliseconds(batch) for _ in range(given.repeats)]
-        for side, batches in values.items():
-            medians = ", ".join(f"batch {batch}: {statistics.median(ms):.2f} ms" for batch, ms in batches.items())
-            print(f"turn {turn + 1}: {side}: {medians}", file=sys.stderr, flush=True)
-    for engine in engines:
-        engine.close()
-    return {
-        side: {
-            f"batch_{batch}": {
-                "median_ms": round(statistics.median(ms), 3),
-                "min_ms": round(min(ms), 3),
-                "max_ms": round(max(ms), 3),
-                "n": len(ms),
+                try:
+                    asked = {"batch": batch, "repeats": options.repeats, "short": SHORT, "long": LONG}
+                    values = engines[name].ask("time", **asked)
+                except (RuntimeError, queue.Empty, OSError) as error:
+                    print(f"{name}: {error!r}", flush=True)
+                    engines.pop(name).close()
+                    break
+                rows.setdefault(name, {}).setdefault(batch, []).extend(values)
+        now = {name: [round(statistics.median(rows[name][batch]), 2) for batch in BATCHES] for name in engines}
+        print(f"round {turn + 1}: {now}", flush=True)
+
+
+def table(rows: dict[str, dict[int, list[float]]]) -> dict[str, Any]:
+    """Medians, extremes and n of each side and batch, and the ratio to the side before them all."""
+    first = next(iter(rows), None)
+    found: dict[str, Any] = {}
+    for name, batches in rows.items():
+        for batch, values in batches.items():
+            base = statistics.median(rows[first][batch]) if first else 0.0
+            median = statistics.median(values)
+            found[f"{name}, batch {batch}"] = row = {
+                "median_ms": round(median, 3),
+                "min_ms": round(min(values), 3),
+                "max_ms": round(max(values), 3),
+                "n": len(values),
+                f"to_{first}": round(median / base, 2),
             }
-            for batch, ms in batches.items()
-        }
-        for side, batches in values.items()
-    }
+            print(f"{name:14} batch {batch:2}: {row}", flush=True)
+    return found
 
 
-def tokens(given: argparse.Namespace) -> dict[str, Any]:
-    """Greedy tokens in float32. The engine runs in the process that asks, so that all requests of a batch begin at one step."""
-    inside = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    sides = (PLAIN, STAGES, AHEAD)
-    engines = start([Engine(side, given.logs, "float32", **inside) for side in sides])
-    found = {
-        engine.side: {batch: engine.generate(batch, LONG)["tokens"] for batch in (*BATCHES, *BATCHES)}
-        for engine in engines
-    }
-    for engine in engines:
-        engine.close()
-    compared: dict[str, Any] = {}
-    for side in found:
-        if side != PLAIN and PLAIN in found:
+def observe(engines: dict[str, Engine], out: Path) -> None:
+    """Marks, kernels and functions, a file per side."""
+    for name, engine in engines.items():
+        found: dict[str, Any] = {}
+        for do, count in (("trace", 100), ("kernels", 40), ("calls", 200)):
             for batch in BATCHES:
-                pairs = list(zip(found[PLAIN][batch], found[side][batch], strict=True))
-                compared[f"{side}, batch {batch}"] = f"{sum(a == b for a, b in pairs)} of {len(pairs)} sequences equal"
-    distinct = {side: len({token for row in batches[16] for token in row}) for side, batches in found.items()}
-    return {"tokens_each": LONG, "compared_with": PLAIN, **compared, "distinct_tokens_in_batch_16": distinct}
+                try:
+                    found[f"{do}-{batch}"] = engine.ask(do, batch=batch, count=count)
+                except (RuntimeError, queue.Empty, OSError) as error:
+                    print(f"{name}: {do}: {error!r}", flush=True)
+                    continue
+                if do == "trace":
+                    print(f"{name}, batch {batch}, microseconds from a step's beginning", flush=True)
+                    marks.show(found[f"{do}-{batch}"])
+        (out / f"observed-{name}.json").write_text(json.dumps(found))
 
 
-def trace(given: argparse.Namespace) -> dict[str, Any]:
-    """Profiles some steps of the two stages, and of one."""
-    found = {}
-    for side in (PLAIN, STAGES, AHEAD):
-        folder = Path(given.traces).resolve() / "".join(letter if letter.isalnum() else "-" for letter in side)
-        folder.mkdir(parents=True, exist_ok=True)
-        engine = Engine(side, given.logs, traces=str(folder))
-        if start([engine]):
-            for batch in BATCHES:
-                engine.step_milliseconds(batch)
-                engine.generate(batch, 24, trace=True)
-            found[side] = sorted(path.name for path in folder.iterdir())
-            engine.close()
+def compare_tokens(engines: dict[str, Engine], count: int) -> dict[str, Any]:
+    """Every side's tokens beside those of the first side of its dtype."""
+    found: dict[str, Any] = {}
+    first: dict[str, str] = {}
+    tokens: dict[tuple[str, int], Any] = {}
+    for name, engine in engines.items():
+        kind = SIDES[name].get("dtype", "bfloat16")
+        beside = first.setdefault(kind, name)
+        for batch in BATCHES:
+            try:
+                tokens[name, batch] = mine = engine.ask("tokens", batch=batch, count=count)
+            except (RuntimeError, queue.Empty, OSError) as error:
+                print(f"{name}: {error!r}", flush=True)
+                continue
+            theirs = tokens.get((beside, batch))
+            equal = sum(a == b for a, b in zip(mine, theirs or [], strict=False))
+            different = len({token for row in mine for token in row})
+            found[f"{name}, batch {batch}"] = {"kind": kind, "beside": beside, "equal": equal, "of": batch}
+            print(
+                f"tokens {name}, batch {batch}: {equal} of {batch} answers as {beside}'s; {different} different tokens"
+            )
     return found
 
 
 def main() -> None:
-    """Prints JSON on stdout, or writes it to a file."""
+    """Prints as it goes; everything is in ``--out`` as well."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["steps", "tokens", "trace", "serve"])
-    parser.add_argument("--turns", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=3, help="measurements a turn, side and batch size")
-    parser.add_argument("--only", default="", help="sides, by semicolons")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--traces", default="", help="folder for the profiler's files")
-    parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()))
-    parser.add_argument("--out", type=Path)
-    given = parser.parse_args()
-    if given.what == "serve":
-        serve(given.only, given.dtype, given.traces)
-        return
-    model()
-    served = subprocess.run(["pgrep", "-x", "nvidia-cuda-mps"], capture_output=True, check=False).returncode == 0
-    result = {"mps": served, given.what: {"steps": steps, "tokens": tokens, "trace": trace}[given.what](given)}
-    text = json.dumps(result, indent=2)
-    if given.out:
-        given.out.write_text(text + "\n")
-    print(text)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="measurements per round, side and batch")
+    parser.add_argument("--only", default="", help="sides, by commas")
+    parser.add_argument("--skip", default="", help="sides to leave out")
+    parser.add_argument("--overlay", type=Path, help="folder with another build of the package")
+    parser.add_argument("--overlay-pipeline", default="rayless", help="RAYLESS_PIPELINE of that build's sides")
+    parser.add_argument("--traces", action="store_true")
+    parser.add_argument("--backend", default="", help="vLLM's attention backend (default: its choice)")
+    parser.add_argument("--patience", type=float, default=240.0, help="seconds for all engines to come up")
+    parser.add_argument("--model", type=Path, help="a model that is there already")
+    parser.add_argument("--cpu", action="store_true")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    skipped = options.skip.split(",") + ([] if options.overlay else [name for name in SIDES if "other" in name])
+    names = [name for name in (options.only.split(",") if options.only else SIDES) if name not in skipped]
+    rows: dict[str, dict[int, list[float]]] = {}
+    result: dict[str, Any] = {"rounds": options.rounds, "repeats": options.repeats}
+    with tempfile.TemporaryDirectory(prefix="rl1gpu-", dir="/var/tmp") as folder:
+        base = Path(folder)
+        model = options.model or base / "model"
+        if not (model / "config.json").exists():
+            make_model(model, options.cpu)
+        with node(base, options.out):
+            engines = start(names, model, base, options.out, options)
+            try:
+                result["tokens"] = compare_tokens(engines, 64)
+                timed = {name: engine for name, engine in engines.items() if "f32" not in name}
+                measure(timed, options, rows)
+                result["steps"] = table(rows)
+                (options.out / "one_gpu.json").write_text(json.dumps({**result, "values": rows}, indent=1))
+                if options.traces:
+                    observe(timed, options.out)
+            finally:
+                for engine in engines.values():
+                    engine.close()
 
 
 if __name__ == "__main__":
