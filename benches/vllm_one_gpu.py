@@ -250,11 +250,11 @@ def table(rows: dict[str, dict[int, list[float]]]) -> dict[str, Any]:
     return found
 
 
-def observe(engines: dict[str, Engine], out: Path) -> None:
+def observe(engines: dict[str, Engine], out: Path, cpu: bool) -> None:
     """Marks, kernels and functions, a file per side."""
     for name, engine in engines.items():
         found: dict[str, Any] = {}
-        for do, count in (("trace", 100), ("kernels", 40), ("calls", 200)):
+        for do, count in (("trace", 100), ("calls", 200)) if cpu else (("trace", 100), ("kernels", 40), ("calls", 200)):
             for batch in BATCHES:
                 try:
                     found[f"{do}-{batch}"] = engine.ask(do, batch=batch, count=count)
@@ -326,7 +326,7 @@ def main() -> None:
                 result["steps"] = table(rows)
                 (options.out / "one_gpu.json").write_text(json.dumps({**result, "values": rows}, indent=1))
                 if options.traces:
-                    observe(timed, options.out)
+                    observe(timed, options.out, options.cpu)
             finally:
                 for engine in engines.values():
                     engine.close()
