@@ -2,7 +2,7 @@
 
 use crate::{
     fixture::{Fixture, TICKET, fresh_name, long},
-    send,
+    length, send,
     transports::{Rxe, Shm, Siw, Tcp, Tls},
 };
 use rayless_fabric::{Acceptor, LinkConfig, LinkName};
@@ -95,7 +95,7 @@ fn live<F: Fixture>(role: &str, name: LinkName, address: &str) {
         let mut tx = F::connect(address, name, TICKET, &config).unwrap();
         die_soon();
         for round in 0usize.. {
-            send(&mut tx, round * 977 % 600_000).unwrap();
+            send(&mut tx, length(round)).unwrap();
         }
     } else {
         let listener = F::listen();
