@@ -397,7 +397,8 @@ class EngineStage(Ground):
         """What the executor said in the server's log when its group failed."""
         assert self.server
         text = re.sub(r"\x1b\[[0-9;]*m", "", self.server.log.read_text(errors="replace"))
-        lines = [line for line in text.splitlines() if "ERROR" in line and "executor.py" in line]
+        # The place that logged it, not a frame of a traceback, which has the path of this checkout.
+        lines = [line for line in text.splitlines() if "ERROR" in line and "[executor.py:" in line]
         return lines[0].split("] ", 1)[-1].strip() if lines else ""
 
     def close(self) -> None:
