@@ -37,10 +37,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent / "one_gpu"
-sys.path.insert(0, str(HERE))
+REPOSITORY = Path(__file__).resolve().parent.parent
+HERE = REPOSITORY / "benches" / "one_gpu"
+sys.path[:0] = [str(HERE), str(REPOSITORY / "tests"), str(REPOSITORY / "tests" / "setup")]
 
 import marks
+
+from nodes import new_token, rayless_command
+from serving import CPU_ENVIRONMENT
+from tiny_models import INIT_STD
+from vllm_pp2 import summary
 
 BATCHES = (1, 16)
 SHORT, LONG = 8, 136
@@ -69,16 +75,17 @@ def make_model(folder: Path, cpu: bool) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    size = {"hidden_size": 256, "intermediate_size": 512} if cpu else {"hidden_size": 1024, "intermediate_size": 2816}
+    hidden, intermediate, heads, vocabulary = (256, 512, 4, 512) if cpu else (1024, 2816, 16, 32000)
     config = LlamaConfig(
-        vocab_size=512 if cpu else 32000,
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
         num_hidden_layers=8,
-        num_attention_heads=16 if not cpu else 4,
-        num_key_value_heads=16 if not cpu else 4,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
         max_position_embeddings=2048,
-        initializer_range=0.08,
+        initializer_range=INIT_STD,
         tie_word_embeddings=False,
-        **size,
     )
     torch.manual_seed(0)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
@@ -115,12 +122,9 @@ class Engine:
             "VLLM_USE_FLASHINFER_SAMPLER": "0",
             "VLLM_USE_DEEP_GEMM": "0",
             "VLLM_USE_V2_MODEL_RUNNER": "0" if options.cpu else "1",
-            "VLLM_NO_USAGE_STATS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
+            # On a GPU nobody reads what of these begins with VLLM_CPU.
+            **CPU_ENVIRONMENT,
         }
-        if options.cpu:
-            env |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         if side.get("mps"):
             env["CUDA_MPS_PIPE_DIRECTORY"] = str(base / "mps")
         self._log = (out / f"{name}.log").open("wb")
@@ -177,12 +181,9 @@ class Engine:
 @contextlib.contextmanager
 def node(base: Path, out: Path) -> Iterator[None]:
     """A cluster of this machine alone, and MPS where there is one."""
-    token = base / "token"
-    made = subprocess.run(["rayless", "token", "new"], capture_output=True, text=True, check=True)
-    token.touch(mode=0o600)
-    token.write_text(made.stdout)
-    shared = ["--token-file", str(token), "--run-dir", str(base / "node")]
-    command = ["rayless", "head", "--daemon", "--bind", "127.0.0.1", "--port", "6479", "--cpus", "16", *shared]
+    rayless = rayless_command()
+    shared = ["--token-file", str(new_token(base)), "--run-dir", str(base / "node")]
+    command = [rayless, "head", "--daemon", "--bind", "127.0.0.1", "--port", "6479", "--cpus", "16", *shared]
     subprocess.run(command, check=True, stdout=sys.stderr)
     mps = shutil.which("nvidia-cuda-mps-control")
     env = {**os.environ, "CUDA_MPS_PIPE_DIRECTORY": str(base / "mps"), "CUDA_MPS_LOG_DIRECTORY": str(out)}
@@ -193,7 +194,7 @@ def node(base: Path, out: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        subprocess.run(["rayless", "stop", "--run-dir", str(base / "node")], check=False, stdout=sys.stderr)
+        subprocess.run([rayless, "stop", "--run-dir", str(base / "node")], check=False, stdout=sys.stderr)
         if mps:
             subprocess.run([mps], env=env, input="quit -t 5\n", text=True, check=False)
 
@@ -233,19 +234,12 @@ def measure(engines: dict[str, Engine], options: argparse.Namespace, rows: dict[
 
 def table(rows: dict[str, dict[int, list[float]]]) -> dict[str, Any]:
     """Medians, extremes and n of each side and batch, and the ratio to the side before them all."""
-    first = next(iter(rows), None)
     found: dict[str, Any] = {}
     for name, batches in rows.items():
         for batch, values in batches.items():
-            base = statistics.median(rows[first][batch]) if first else 0.0
-            median = statistics.median(values)
-            found[f"{name}, batch {batch}"] = row = {
-                "median_ms": round(median, 3),
-                "min_ms": round(min(values), 3),
-                "max_ms": round(max(values), 3),
-                "n": len(values),
-                f"to_{first}": round(median / base, 2),
-            }
+            first = next(iter(rows))
+            ratio = statistics.median(values) / statistics.median(rows[first][batch])
+            found[f"{name}, batch {batch}"] = row = {**summary(values, digits=3), f"to_{first}": round(ratio, 2)}
             print(f"{name:14} batch {batch:2}: {row}", flush=True)
     return found
 

@@ -100,12 +100,12 @@ def step_milliseconds(server: Server, batch: int, repeats: int) -> list[float]:
         return [1000 * (seconds(LONG) - seconds(SHORT)) / (LONG - SHORT) for _ in range(repeats)]
 
 
-def summary(values: list[float]) -> dict[str, float]:
+def summary(values: list[float], digits: int = 2) -> dict[str, float]:
     """Median, extremes and count."""
     return {
-        "median_ms": round(statistics.median(values), 2),
-        "min_ms": round(min(values), 2),
-        "max_ms": round(max(values), 2),
+        "median_ms": round(statistics.median(values), digits),
+        "min_ms": round(min(values), digits),
+        "max_ms": round(max(values), digits),
         "n": len(values),
     }
 

@@ -13,6 +13,8 @@ import threading
 import time
 from typing import Any
 
+import tracing
+
 
 def build(settings: dict[str, Any]) -> Any:
     """The engine: an 8-layer model, CUDA graphs for decodes, no compiler, no prefix cache."""
@@ -62,8 +64,6 @@ class Engine:
         self._llm = build(settings)
 
     def _generate(self, batch: int, count: int) -> list[list[int]]:
-        import tracing
-
         from vllm import SamplingParams
 
         # While the engine is busy with this, all requests arrive, and are in its next step: else those of two stages would fall into
@@ -100,20 +100,14 @@ class Engine:
 
     def trace(self, batch: int, count: int) -> list[Any]:
         """Every rank's marks."""
-        import tracing
-
         return self._observed(tracing.start, tracing.stop, batch, count)
 
     def kernels(self, batch: int, count: int) -> list[Any]:
         """Every rank's kernels, by torch's profiler."""
-        import tracing
-
         return self._observed(tracing.start_kernels, tracing.stop_kernels, batch, count)
 
     def calls(self, batch: int, count: int) -> list[Any]:
         """Every rank's functions, by cProfile."""
-        import tracing
-
         return self._observed(tracing.start_calls, tracing.stop_calls, batch, count)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 CAPACITY = 1 << 16
@@ -70,23 +71,26 @@ class Trace:
         self.gpu_marks.clear()
         return best[1]
 
-    def _wrap(self, owner: Any, name: str, label: str, *, before: bool = False, after: bool = False) -> None:
-        """Host marks around a method, and GPU marks before or after what it launches."""
+    def _wrap(
+        self, owner: Any, name: str, label: str | Callable[..., str], *, before: bool = False, after: bool = False
+    ) -> None:
+        """Host marks around a method, and GPU marks before or after what it launches. ``label`` may depend on what the method is called with."""
         original = getattr(owner, name, None)
         if original is None:
             return
 
         @functools.wraps(original)
         def run(*args: Any, **kwargs: Any) -> Any:
+            mark = label if isinstance(label, str) else label(*args, **kwargs)
             if before:
-                self.gpu(f"{label}<")
-            self.host(f"{label}<")
+                self.gpu(f"{mark}<")
+            self.host(f"{mark}<")
             try:
                 return original(*args, **kwargs)
             finally:
-                self.host(f"{label}>")
+                self.host(f"{mark}>")
                 if after:
-                    self.gpu(f"{label}>")
+                    self.gpu(f"{mark}>")
 
         own = vars(owner) if hasattr(owner, "__dict__") else {}
         self._restore.append((owner, name, own.get(name), name in own))
@@ -96,7 +100,7 @@ class Trace:
         from vllm.distributed.parallel_state import get_pp_group
 
         runner = worker.model_runner
-        self._wrap_steps(worker)
+        self._wrap(worker, "execute_model", _step)
         self._wrap(worker, "sample_tokens", "sample_tokens")
         self._wrap(runner, "update_pp_decode_requests", "tokens_taken", after=True)
         self._wrap(runner, "prepare_inputs", "prepare_inputs", before=True, after=True)
@@ -117,20 +121,6 @@ class Trace:
             self._wrap(tokens.Tokens, "confirm", "tokens_confirmed")
             self._wrap(tokens.Tokens, "_fill", "tokens_header")
 
-    def _wrap_steps(self, worker: Any) -> None:
-        original = worker.execute_model
-
-        def execute_model(output: Any, *args: Any, **kwargs: Any) -> Any:
-            label = "step" if output.total_num_scheduled_tokens else "empty"
-            self.host(f"{label}<")
-            try:
-                return original(output, *args, **kwargs)
-            finally:
-                self.host(f"{label}>")
-
-        self._restore.append((worker, "execute_model", None, False))
-        worker.execute_model = execute_model
-
     def take_out(self) -> dict[str, Any]:
         """Restores what was wrapped, and gives the marks."""
         for owner, name, value, own in reversed(self._restore):
@@ -141,6 +131,11 @@ class Trace:
         times = [] if self._times is None else self._times[: len(self.gpu_marks)].tolist()
         gpu = [(name, at + self.offset) for name, at in zip(self.gpu_marks, times, strict=True)]
         return {"host": self.host_marks, "gpu": gpu, "offset": self.offset}
+
+
+def _step(output: Any, *_: Any, **__: Any) -> str:
+    """The label of an ``execute_model``."""
+    return "step" if output.total_num_scheduled_tokens else "empty"
 
 
 def pause(worker: Any) -> None:
